@@ -1,0 +1,57 @@
+"""Triplet loss with the hardest pairs of a batch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from reidreg import LOSSES, Loss, Output
+
+
+@LOSSES.register("triplet")
+class Triplet(Loss):
+    """Batch-hard triplet loss on the features before the neck, Euclidean and not normalised.
+
+    Each image is an anchor; its farthest image of the same identity should be nearer than its
+    nearest of another (Hermans et al., In Defense of the Triplet Loss, 2017).
+
+    Args:
+        margin: By how much nearer; null takes the soft margin log(1 + exp(d_ap - d_an)).
+    """
+
+    def __init__(self, margin: Annotated[float, Ge(0)] | None = 0.3) -> None:
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, output: Output, pids: Tensor) -> Tensor:
+        positive, negative = hardest(euclidean(output.features.float()), pids)
+        gap = positive - negative
+        if self.margin is None:
+            return softplus(gap).mean()
+        return torch.relu(gap + self.margin).mean()
+
+
+def euclidean(features: Tensor) -> Tensor:
+    """Distances between all rows of (B, D), (B, B).
+
+    Squares are kept above 1e-12: the gradient of a root at zero is infinite.
+    """
+    squares = features.square().sum(dim=1)
+    product = features @ features.T
+    return (squares[:, None] + squares[None, :] - 2 * product).clamp(min=1e-12).sqrt()
+
+
+def hardest(distances: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
+    """The distances (B,) to the farthest of the same identity and the nearest of another.
+
+    The same identity includes the anchor itself, so an image alone has a positive at distance
+    zero; in a batch of one identity the negative is infinitely far, and nothing is lost.
+    """
+    same = pids[:, None] == pids[None, :]
+    positive = distances.masked_fill(~same, float("-inf")).amax(dim=1)
+    negative = distances.masked_fill(same, float("inf")).amin(dim=1)
+    return positive, negative

@@ -1,0 +1,5 @@
+"""Samplers, one a file."""
+
+from reidreg_plugins.samplers import identity, random
+
+__all__ = ["identity", "random"]

@@ -1,0 +1,141 @@
+"""reidreg: a plugin-registry framework for re-identification in PyTorch.
+
+Importing this package imports no torch: the names below are looked up when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_HOMES = {
+    "BACKBONES": "interfaces",
+    "Backbone": "interfaces",
+    "Batch": "values",
+    "Checkpoint": "checkpoint",
+    "Config": "config",
+    "DATASETS": "interfaces",
+    "DataError": "errors",
+    "Dataset": "interfaces",
+    "EVALUATORS": "interfaces",
+    "Embeddings": "values",
+    "Evaluator": "interfaces",
+    "FeatureExtractor": "extractor",
+    "HEADS": "interfaces",
+    "Head": "interfaces",
+    "LOSSES": "interfaces",
+    "Loss": "interfaces",
+    "MatchPositions": "ranking",
+    "Output": "values",
+    "ProgressBar": "logs",
+    "Registry": "registry",
+    "ReidregError": "errors",
+    "SAMPLERS": "interfaces",
+    "Sample": "values",
+    "Sampler": "interfaces",
+    "check_matchable": "ranking",
+    "evaluate": "evaluation",
+    "extract": "evaluation",
+    "fit": "training",
+    "load_checkpoint": "checkpoint",
+    "load_config": "parsing",
+    "load_plugins": "plugins",
+    "match_positions": "ranking",
+    "match_positions_of_rows": "ranking",
+    "ranked_lists": "ranking",
+    "rerank_rows": "reranking",
+    "retrieval_figures": "metrics",
+    "synthesize": "synthesis",
+}
+
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "Batch",
+    "Checkpoint",
+    "Config",
+    "DATASETS",
+    "DataError",
+    "Dataset",
+    "EVALUATORS",
+    "Embeddings",
+    "Evaluator",
+    "FeatureExtractor",
+    "HEADS",
+    "Head",
+    "LOSSES",
+    "Loss",
+    "MatchPositions",
+    "Output",
+    "ProgressBar",
+    "Registry",
+    "ReidregError",
+    "SAMPLERS",
+    "Sample",
+    "Sampler",
+    "check_matchable",
+    "evaluate",
+    "extract",
+    "fit",
+    "load_checkpoint",
+    "load_config",
+    "load_plugins",
+    "match_positions",
+    "match_positions_of_rows",
+    "ranked_lists",
+    "rerank_rows",
+    "retrieval_figures",
+    "synthesize",
+]
+
+if TYPE_CHECKING:
+    from reidreg.checkpoint import Checkpoint, load_checkpoint
+    from reidreg.config import Config
+    from reidreg.errors import DataError, ReidregError
+    from reidreg.evaluation import evaluate, extract
+    from reidreg.extractor import FeatureExtractor
+    from reidreg.interfaces import (
+        BACKBONES,
+        DATASETS,
+        EVALUATORS,
+        HEADS,
+        LOSSES,
+        SAMPLERS,
+        Backbone,
+        Dataset,
+        Evaluator,
+        Head,
+        Loss,
+        Sampler,
+    )
+    from reidreg.logs import ProgressBar
+    from reidreg.metrics import retrieval_figures
+    from reidreg.parsing import load_config
+    from reidreg.plugins import load_plugins
+    from reidreg.ranking import (
+        MatchPositions,
+        check_matchable,
+        match_positions,
+        match_positions_of_rows,
+        ranked_lists,
+    )
+    from reidreg.registry import Registry
+    from reidreg.reranking import rerank_rows
+    from reidreg.synthesis import synthesize
+    from reidreg.training import fit
+    from reidreg.values import Batch, Embeddings, Output, Sample
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'reidreg' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"reidreg.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

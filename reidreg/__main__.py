@@ -1,0 +1,3 @@
+from reidreg.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,201 @@
+"""Checkpoints: one self-describing file, written and read here only.
+
+The file is a safetensors file: named tensors, and a header of text in which the rest stands as
+JSON. Nothing in it can execute. A tree of mappings, lists, numbers, strings and tensors is kept by
+taking the tensors out of it, so that JSON remains. A SHA-256 over all of it is in the header,
+since the format itself notices truncation but not a flipped bit.
+
+Writing goes to a temporary file in the same folder, which is synced and then renamed: a reader,
+or a resume after a kill, always finds a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reidreg.config import Config, config_from_dict
+from reidreg.data import Labels
+from reidreg.errors import CheckpointError
+
+FORMAT = "reidreg checkpoint"
+VERSION = 1
+_TENSOR = "__tensor__"
+
+
+@dataclass
+class Checkpoint:
+    """Everything that evaluation, fine-tuning and an exact resume need.
+
+    Args:
+        model: The model's state dict.
+        config: The resolved configuration, as plain values.
+        labels: The training set's numbering.
+        preprocessing: Size, mean and std that the weights were trained with.
+        epoch: Whole epochs done.
+        step: Optimizer steps done.
+        metrics: The last evaluation's figures, if there was one.
+        training: What only a resume needs: optimizer, random states, place in the epoch.
+    """
+
+    model: dict[str, Tensor]
+    config: dict[str, Any]
+    labels: Labels
+    preprocessing: dict[str, Any]
+    epoch: int
+    step: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] | None = None
+
+    def resolved_config(self) -> Config:
+        """The configuration as an object."""
+        return config_from_dict(self.config)
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint so that the file is either the old or the new one, and whole.
+
+    Raises:
+        CheckpointError: The folder cannot be written to, or the disk is full.
+    """
+    tensors: dict[str, Tensor] = {}
+    content = {
+        "config": checkpoint.config,
+        "labels": {"pids": checkpoint.labels.pids, "camids": checkpoint.labels.camids},
+        "preprocessing": checkpoint.preprocessing,
+        "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+        "metrics": checkpoint.metrics,
+        "model": checkpoint.model,
+        "training": checkpoint.training,
+    }
+    text = json.dumps(_take_out(content, "", tensors))
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "content": text,
+        "sha256": _digest(text, tensors),
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata=header)
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint, on the CPU. Nothing in the file is executed.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, not a checkpoint of reidreg, or of a newer
+            format.
+    """
+    path = Path(path).expanduser()
+    header, tensors = _read(path)
+    content = _put_back(json.loads(header["content"]), tensors)
+    labels = content.pop("labels")
+    return Checkpoint(
+        labels=Labels(tuple(labels["pids"]), tuple(labels["camids"])),
+        **content,
+    )
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Delete what a killed run left half-written."""
+    for partial in folder.glob(".*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header and tensors of a file, checked."""
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}{_neighbours(path)}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header: dict[str, str] = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{path} is a safetensors file, but no checkpoint of reidreg; weights of "
+                    "other systems load through --backbone.pretrained"
+                )
+            if int(header["version"]) > VERSION:
+                raise CheckpointError(
+                    f"{path} has format {header['version']}, this reidreg reads up to {VERSION}: "
+                    "upgrade reidreg"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        size = path.stat().st_size
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint of reidreg ({size} bytes; {error})"
+        ) from error
+    if _digest(header["content"], tensors) != header["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
+    return header, tensors
+
+
+def _neighbours(path: Path) -> str:
+    found = sorted(path.parent.glob("*.ckpt")) or sorted(path.parent.glob("*/*.ckpt"))
+    return f"; there is {', '.join(str(other) for other in found[:3])}" if found else ""
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        # As bytes, whatever the type: numpy has no bfloat16.
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _take_out(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A tree with its tensors replaced by their names, which end up in `tensors`."""
+    if isinstance(tree, Tensor):
+        # Contiguous and its own: safetensors refuses views of shared memory.
+        tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
+        return {_TENSOR: path}
+    if isinstance(tree, dict):
+        # Optimizers number their state by integers, which JSON would turn into strings.
+        pairs = [
+            [key, _take_out(value, f"{path}/{key}" if path else str(key), tensors)]
+            for key, value in tree.items()
+        ]
+        return {"__dict__": pairs}
+    if isinstance(tree, (list, tuple)):
+        return [_take_out(item, f"{path}/{i}", tensors) for i, item in enumerate(tree)]
+    return tree
+
+
+def _put_back(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if _TENSOR in tree:
+            return tensors[tree[_TENSOR]]
+        return {key: _put_back(value, tensors) for key, value in tree["__dict__"]}
+    if isinstance(tree, list):
+        return [_put_back(item, tensors) for item in tree]
+    return tree
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, reach the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders; its rename is durable by itself.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,432 @@
+"""The command line: a thin shell over the package.
+
+Each command is a function of its arguments that returns an exit code. What it needs is imported
+when it runs, so that `reidreg --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from reidreg.errors import (
+    ConfigError,
+    DivergedError,
+    InterruptedRun,
+    ReidregError,
+    did_you_mean,
+)
+
+Command = Callable[[list[str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: The arguments; None takes those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 a bug of ours, 2 the user can fix it, 3 training diverged,
+        130 or 143 after SIGINT or SIGTERM.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "--version"):
+        print(f"reidreg {_version()}" if name == "--version" else _usage())
+        return 0 if arguments else 2
+    try:
+        if name not in COMMANDS:
+            raise ConfigError(f"no such command: {name}{did_you_mean(name, COMMANDS)}")
+        code = COMMANDS[name][0](arguments[1:])
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except (ReidregError, DivergedError, InterruptedRun) as error:
+        return _say(name, error, error.exit_code)
+    except KeyboardInterrupt:
+        return _say(name, "stopped", 130)
+    except BrokenPipeError:
+        # `reidreg plugins | head`: nobody reads on, which is no error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _report_bug(name, error)
+
+
+def _say(command: str, text: object, code: int) -> int:
+    print(f"reidreg {command}: {' '.join(str(text).split())}", file=sys.stderr)
+    return code
+
+
+def _report_bug(command: str, error: Exception) -> int:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="reidreg-", suffix=".log", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(f"reidreg {_version()} {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}")
+    summary = f"{type(error).__name__}: {error}".splitlines()[0]
+    return _say(command, f"unexpected {summary}; the traceback is in {file.name}", 1)
+
+
+def _version() -> str:
+    from reidreg import __version__
+
+    return __version__
+
+
+def _usage() -> str:
+    lines = [f"  {name:<14} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: reidreg COMMAND [OPTIONS]",
+            "",
+            "Re-identification: recognise the same person in other cameras.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`reidreg COMMAND --help` shows a command's options; beside --config FILE, those of",
+            "the parts that the file names. A first run: reidreg fit --config quickstart",
+        ]
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, and the nearest name for a mistyped option."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            options = [o.removeprefix("--") for o in self._option_string_actions]
+            word = unknown[0].partition("=")[0]
+            hint = did_you_mean(word.removeprefix("--"), options)
+            raise ConfigError(f"no such option: {word}{hint.replace(chr(39), '')}")
+        return known
+
+
+def _take_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split off every `--config FILE`.
+
+    Returns:
+        The files, and the arguments without them.
+    """
+    configs, rest, position = [], [], 0
+    while position < len(arguments):
+        option, equals, value = arguments[position].partition("=")
+        if option == "--config":
+            if not equals:
+                position += 1
+                if position == len(arguments) or arguments[position].startswith("--"):
+                    raise ConfigError("--config: expected a file, or the name of one that ships")
+                value = arguments[position]
+            configs.append(value)
+        else:
+            rest.append(arguments[position])
+        position += 1
+    return configs, rest
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The value of an option that has to be known before the others can be parsed."""
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            following = arguments[position + 1 : position + 2]
+            return value if equals else (following[0] if following else None)
+    return None
+
+
+# --------------------------------------------------------------------- commands
+
+
+_FIT = """Train a model; evaluates every train.eval_every epochs and at the end.
+
+Options of the dataset, sampler, backbone, head, losses and evaluator follow from the parts that
+a configuration names: add --config FILE to this --help to see them."""
+
+
+def fit_command(arguments: list[str]) -> int:
+    """`reidreg fit`."""
+    from reidreg.parsing import parse
+
+    configs, flags = _take_configs(arguments)
+    config, own = parse(
+        [*configs],
+        flags,
+        prog="reidreg fit",
+        description=_FIT,
+        commands={
+            "resume": {
+                "metavar": "auto|PATH",
+                "default": None,
+                "help": "go on from the newest checkpoint in output_dir, or from a file",
+            },
+            "print_config": {
+                "action": "store_true",
+                "help": "print the resolved configuration and stop",
+            },
+        },
+    )
+    if own["print_config"]:
+        from reidreg.yamlfile import dump_yaml
+
+        print(dump_yaml(config.as_dict()), end="")
+        return 0
+    from reidreg.describe import evaluation_table
+    from reidreg.logs import log_to_console
+    from reidreg.training import fit
+
+    log_to_console()
+    figures = fit(config, own["resume"])
+    if figures:
+        print("\n".join(evaluation_table(figures)))
+    print(f"results: {config.output_dir}")
+    return 0
+
+
+_EVALUATE = """Evaluate a checkpoint, or features of any system.
+
+Needs nothing but the checkpoint and the data; every option of its configuration can be
+overridden: add --ckpt FILE to this --help to see them."""
+
+
+def evaluate_command(arguments: list[str]) -> int:
+    """`reidreg evaluate`."""
+    from reidreg.parsing import parse, resolve
+
+    configs, flags = _take_configs(arguments)
+    commands: dict[str, dict[str, Any]] = {
+        "ckpt": {"metavar": "FILE", "default": None, "help": "a checkpoint of ours"},
+        "query": {"metavar": "NPZ", "default": None, "help": "features of the query"},
+        "gallery": {"metavar": "NPZ", "default": None, "help": "features of the gallery"},
+        "output": {
+            "metavar": "DIR",
+            "default": None,
+            "help": "where metrics.json and the report go; default: the checkpoint's run",
+        },
+        "report": {"action": "store_true", "help": "draw ranked galleries of some queries"},
+    }
+    ckpt, help_asked = _value_of("--ckpt", flags), "--help" in flags or "-h" in flags
+    prog = "reidreg evaluate"
+    if ckpt is None:
+        layers = [*configs] if configs else [{"evaluator": {"name": "retrieval"}}]
+        if _value_of("--query", flags) is None and not help_asked:
+            raise ConfigError("give --ckpt FILE, or --query NPZ and --gallery NPZ")
+        values, own = resolve(
+            [*([] if help_asked and not configs else layers)],
+            flags,
+            prog=prog,
+            description=_EVALUATE,
+            commands=commands,
+            sections=("evaluator",),
+        )
+        return _evaluate_features(values["evaluator"], own)
+    from reidreg.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(ckpt)
+    config, own = parse(
+        [checkpoint.config, *configs], flags, prog=prog, description=_EVALUATE, commands=commands
+    )
+    if own["query"] or own["gallery"]:
+        raise ConfigError("--ckpt and --query/--gallery exclude each other")
+    from reidreg.describe import evaluation_table
+    from reidreg.evaluation import evaluate_checkpoint, run_folder_of, write_metrics
+    from reidreg.logs import log_to_console, logger
+
+    log_to_console()
+    output = Path(own["output"]) if own["output"] else run_folder_of(Path(ckpt))
+    result = evaluate_checkpoint(checkpoint, config)
+    logger.info("%s", "\n".join(evaluation_table(result.figures)))
+    write_metrics(result.figures, output / "metrics.json")
+    logger.info("figures: %s", output / "metrics.json")
+    if own["report"]:
+        from reidreg.report import draw_report
+
+        path = draw_report(result, output / "report" / "ranked.png")
+        logger.info("ranked galleries: %s", path)
+    return 0
+
+
+def _evaluate_features(evaluator: dict[str, Any], own: dict[str, Any]) -> int:
+    from reidreg.describe import evaluation_table
+    from reidreg.evaluation import evaluate_features, write_metrics
+    from reidreg.interfaces import EVALUATORS
+
+    if own["report"]:
+        raise ConfigError("--report draws a checkpoint's galleries; give --ckpt")
+    if not (own["query"] and own["gallery"]):
+        raise ConfigError("features are evaluated with both --query NPZ and --gallery NPZ")
+    part = EVALUATORS.build(evaluator.pop("name"), **evaluator)
+    figures = evaluate_features(own["query"], own["gallery"], part)
+    print("\n".join(evaluation_table(figures)))
+    if own["output"]:
+        write_metrics(figures, Path(own["output"]) / "metrics.json")
+    return 0
+
+
+_EXTRACT = """Write features as .npz: features (N, D) float32, pids, camids (N,) int64, paths.
+
+Give --split for a split of the checkpoint's data set, or --images for a folder of images."""
+
+
+def extract_command(arguments: list[str]) -> int:
+    """`reidreg extract`."""
+    from reidreg.parsing import parse
+
+    configs, flags = _take_configs(arguments)
+    commands: dict[str, dict[str, Any]] = {
+        "ckpt": {"metavar": "FILE", "default": None, "help": "a checkpoint of ours"},
+        "split": {"metavar": "SPLIT", "default": None, "help": "train, query or gallery"},
+        "images": {"metavar": "DIR", "default": None, "help": "a folder of images"},
+        "output": {"metavar": "NPZ", "default": None, "help": "the file to write"},
+    }
+    ckpt = _value_of("--ckpt", flags)
+    base: list[Any] = []
+    if ckpt is not None:
+        from reidreg.checkpoint import load_checkpoint
+
+        base = [load_checkpoint(ckpt).config]
+    elif "--help" not in flags and "-h" not in flags:
+        raise ConfigError("give --ckpt FILE")
+    config, own = parse(
+        [*base, *configs], flags, prog="reidreg extract", description=_EXTRACT, commands=commands
+    )
+    if own["output"] is None:
+        raise ConfigError("give --output FILE.npz")
+    from reidreg.evaluation import extract, save_features
+
+    embeddings = extract(own["ckpt"], config.as_dict(), split=own["split"], images=own["images"])
+    save_features(embeddings, own["output"])
+    count, width = embeddings.features.shape
+    print(f"{count} features of {width} numbers: {own['output']}")
+    return 0
+
+
+def plugins_command(arguments: list[str]) -> int:
+    """`reidreg plugins`."""
+    parser = _Parser(
+        prog="reidreg plugins", description="List every registered part, and broken plugins."
+    )
+    parser.add_argument("kind", nargs="?", metavar="KIND", help="dataset, sampler, backbone, ...")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    own = parser.parse(arguments)
+    from reidreg.interfaces import REGISTRIES
+    from reidreg.plugins import broken_plugins
+
+    kind = own.kind.removesuffix("s").replace("losse", "loss") if own.kind else None
+    if kind is not None and kind not in REGISTRIES:
+        raise ConfigError(f"no kind {own.kind!r}{did_you_mean(kind, REGISTRIES)}")
+    parts = [
+        {
+            "kind": registry.kind,
+            "name": name,
+            "plugin": registry.plugin(name).name,
+            "origin": str(registry.plugin(name)),
+            "class": f"{part.__module__}.{part.__qualname__}",
+            "summary": (part.__doc__ or "").strip().splitlines()[0] if part.__doc__ else "",
+        }
+        for registry in REGISTRIES.values()
+        for name, part in registry.items()
+        if kind in (None, registry.kind)
+    ]
+    broken = [{"plugin": str(p), "module": p.module, "error": p.error} for p in broken_plugins()]
+    if own.json:
+        print(json.dumps({"parts": parts, "broken": broken}, indent=2))
+        return 0
+    widths = [max(len(part[key]) for part in parts) for key in ("kind", "name", "origin")]
+    for part in parts:
+        cells = [part[k].ljust(w) for k, w in zip(("kind", "name", "origin"), widths, strict=True)]
+        print("  ".join([*cells, part["summary"]]))
+    for plugin in broken:
+        print(f"broken: {plugin['plugin']}: {plugin['error']}")
+    return 0
+
+
+def synthesize_command(arguments: list[str]) -> int:
+    """`reidreg synthesize`."""
+    parser = _Parser(
+        prog="reidreg synthesize",
+        description="Draw a data set of pedestrians in the layout of a real one.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="it will hold query/")
+    parser.add_argument("--layout", choices=("aihub_kaist", "market1501"), default="aihub_kaist")
+    parser.add_argument("--identities", type=int, default=60, metavar="N")
+    parser.add_argument("--cameras", type=int, default=6, metavar="N")
+    parser.add_argument("--images_per_camera", type=int, default=4, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--full_size",
+        action="store_true",
+        help="as many identities, cameras and images as AIHub KAIST itself: 73,540 images",
+    )
+    own = parser.parse(arguments)
+    from reidreg.logs import ProgressBar
+    from reidreg.synthesis import synthesize
+
+    with ProgressBar("drawing") as bar:
+        folders = synthesize(
+            own.output,
+            layout=own.layout,
+            identities=own.identities,
+            cameras=own.cameras,
+            images_per_camera=own.images_per_camera,
+            seed=own.seed,
+            full_size=own.full_size,
+            progress=bar.report,
+        )
+    for folder, (identities, images, cameras) in folders.items():
+        print(f"{folder:<22} {identities:>6,} identities {images:>8,} images {cameras:>3} cameras")
+    print(f"drawn: {own.output}")
+    return 0
+
+
+def doctor_command(arguments: list[str]) -> int:
+    """`reidreg doctor`."""
+    parser = _Parser(
+        prog="reidreg doctor", description="Look at everything that a run needs, before a run."
+    )
+    parser.add_argument("--config", action="append", default=[], help="look at its data as well")
+    own = parser.parse(arguments)
+    from reidreg.doctor import examine
+
+    lines, healthy = examine(own.config)
+    print("\n".join(lines))
+    return 0 if healthy else 2
+
+
+def import_config_command(arguments: list[str]) -> int:
+    """`reidreg import-config`."""
+    parser = _Parser(
+        prog="reidreg import-config",
+        description="Translate a reid-strong-baseline (yacs) configuration; ours goes to stdout.",
+    )
+    parser.add_argument("file", metavar="OLD.yml")
+    own = parser.parse(arguments)
+    from reidreg.importing import import_config, render
+
+    imported = import_config(own.file)
+    print(render(imported, own.file), end="")
+    return 0
+
+
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "fit": (fit_command, "train a model"),
+    "evaluate": (evaluate_command, "figures of a checkpoint, or of features"),
+    "extract": (extract_command, "features of images"),
+    "plugins": (plugins_command, "list every part and where it comes from"),
+    "synthesize": (synthesize_command, "draw a data set in a real layout"),
+    "doctor": (doctor_command, "look at everything that a run needs"),
+    "import-config": (import_config_command, "translate a reid-strong-baseline configuration"),
+}

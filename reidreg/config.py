@@ -1,0 +1,262 @@
+"""A run's configuration: typed, resolved, and plain enough to live in a checkpoint.
+
+`reidreg.parsing` makes one from files and flags; nothing here imports torch, so that
+`reidreg fit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Interval
+
+Positive = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Probability = Annotated[float, Interval(ge=0, le=1)]
+Weight = Annotated[float, Ge(0)]
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """A registered part and its options.
+
+    Args:
+        name: Its registered name.
+        options: Every option of its signature, resolved.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **plain(self.options)}
+
+
+@dataclass(frozen=True)
+class LossConfig(PartConfig):
+    """One term of the loss.
+
+    Args:
+        weight: What the term is multiplied by; 0 turns it off.
+    """
+
+    weight: float = 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "weight": self.weight, **plain(self.options)}
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """How an image becomes the model's input.
+
+    Args:
+        size: Height and width in pixels, for training and evaluation alike.
+        flip_prob: Probability of a horizontal flip in training.
+        padding: Pixels of black on every side before the random crop of training; 0 for none.
+        erasing_prob: Probability of erasing a random box in training.
+        mean: Mean of the channels; null takes what the backbone expects.
+        std: Standard deviation of the channels; null takes what the backbone expects.
+    """
+
+    size: tuple[Positive, Positive] = (256, 128)
+    flip_prob: Probability = 0.5
+    padding: Natural = 10
+    erasing_prob: Probability = 0.5
+    mean: tuple[float, float, float] | None = None
+    std: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)], Annotated[float, Gt(0)]] | None = (
+        None
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer, one of torch.optim's or timm's by name.
+
+    Args:
+        name: Name in lower case, such as adam, adamw, sgd, rmsprop, lamb.
+        lr: Base learning rate, which the schedule multiplies.
+        weight_decay: Weight decay, of normalisation layers and biases too.
+        bias_lr_factor: Factor on the learning rate of biases.
+        bias_weight_decay: Weight decay of biases; null means weight_decay.
+        momentum: Momentum; null is 0.9 for sgd and otherwise the optimizer's own default.
+        betas: Coefficients of the running averages; null is the optimizer's own default.
+    """
+
+    name: str = "adam"
+    lr: Annotated[float, Interval(gt=0, le=1)] = 3.5e-4
+    weight_decay: Weight = 5e-4
+    bias_lr_factor: Annotated[float, Gt(0)] = 1.0
+    bias_weight_decay: Weight | None = None
+    momentum: Annotated[float, Interval(ge=0, lt=1)] | None = None
+    betas: (
+        tuple[Annotated[float, Interval(ge=0, lt=1)], Annotated[float, Interval(ge=0, lt=1)]] | None
+    ) = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop.
+
+    Args:
+        epochs: Epochs to train.
+        eval_every: Epochs between evaluations; the last epoch is always evaluated.
+        eval_untrained: Evaluate before the first epoch too, to see what training adds.
+        checkpoint_every: Epochs between kept checkpoints; `last` is written every epoch.
+        log_every: Steps between log lines.
+        workers: Processes that load images; auto is one for each core, at most 8.
+        eval_batch_size: Images in a batch of evaluation and extraction.
+        precision: Of the backbone's arithmetic; auto is bf16 where the hardware has it, else fp32.
+        device: auto, cpu, cuda, cuda:N or mps; auto is cuda where there is one, else cpu.
+        seed: Of everything that is random.
+    """
+
+    epochs: Positive = 120
+    eval_every: Positive = 40
+    eval_untrained: bool = False
+    checkpoint_every: Positive = 40
+    log_every: Positive = 20
+    workers: Natural | Literal["auto"] = "auto"
+    eval_batch_size: Positive = 128
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    device: str = "auto"
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases.
+
+    Args:
+        mode: online, offline or disabled; online goes offline by itself without a login or network.
+        project: The project's name.
+        entity: The team or user; null is your default.
+        name: The run's name; null lets W&B choose one.
+        tags: The run's tags.
+    """
+
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    project: str = "reidreg"
+    entity: str | None = None
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself.
+
+    Args:
+        init_from: A checkpoint of ours whose weights start this new run.
+        output_dir: The folder that the run's files go to.
+    """
+
+    init_from: str | None = None
+    output_dir: str = "log/run"
+
+
+# The sections with fixed options, and those that hold a registered part, in a file's order.
+FIXED_SECTIONS: dict[str, type] = {
+    "input": InputConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "wandb": WandbConfig,
+}
+PART_SECTIONS = ("dataset", "sampler", "backbone", "head", "evaluator")
+ORDER = (
+    "dataset",
+    "input",
+    "sampler",
+    "backbone",
+    "head",
+    "losses",
+    "optimizer",
+    "schedule",
+    "evaluator",
+    "train",
+    "wandb",
+    "init_from",
+    "output_dir",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved configuration; see the sections' own classes for their options."""
+
+    dataset: PartConfig
+    input: InputConfig
+    sampler: PartConfig
+    backbone: PartConfig
+    head: PartConfig
+    losses: dict[str, LossConfig]
+    optimizer: OptimizerConfig
+    schedule: PartConfig
+    evaluator: PartConfig
+    train: TrainConfig
+    wandb: WandbConfig
+    init_from: str | None = None
+    output_dir: str = "log/run"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration as plain mappings, lists, numbers and strings, in a file's order."""
+        values = {
+            **{name: getattr(self, name).as_dict() for name in (*PART_SECTIONS, "schedule")},
+            **{name: plain(dataclasses.asdict(getattr(self, name))) for name in FIXED_SECTIONS},
+            "losses": {term: loss.as_dict() for term, loss in self.losses.items()},
+            "init_from": self.init_from,
+            "output_dir": self.output_dir,
+        }
+        return {name: values[name] for name in ORDER}
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `Config.as_dict`, for values that were checked already."""
+
+    def part(section: str) -> PartConfig:
+        options = dict(values[section])
+        return PartConfig(options.pop("name"), options)
+
+    def loss(options: dict[str, Any]) -> LossConfig:
+        options = dict(options)
+        return LossConfig(options.pop("name"), weight=options.pop("weight"), options=options)
+
+    fixed: dict[str, Any] = {name: cls(**values[name]) for name, cls in FIXED_SECTIONS.items()}
+    parts: dict[str, Any] = {name: part(name) for name in (*PART_SECTIONS, "schedule")}
+    return Config(
+        **parts,
+        **fixed,
+        losses={term: loss(options) for term, options in values["losses"].items()},
+        init_from=values["init_from"],
+        output_dir=values["output_dir"],
+    )
+
+
+def plain(value: Any) -> Any:
+    """A value with tuples as lists, all the way down, as YAML and JSON have them."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def advice(config: Config) -> list[str]:
+    """What is allowed but probably not meant, a line each."""
+    lines = []
+    train, schedule = config.train, config.schedule.options
+    warmup = schedule.get("warmup_epochs", 0)
+    if warmup > train.epochs:
+        lines.append(
+            f"schedule.warmup_epochs {warmup} > train.epochs {train.epochs}: "
+            "the full learning rate is never reached"
+        )
+    late = [epoch for epoch in schedule.get("milestones", ()) if epoch > train.epochs]
+    if late and warmup <= train.epochs:
+        lines.append(f"schedule.milestones {late} come after the last epoch ({train.epochs})")
+    off = [term for term, loss in config.losses.items() if loss.weight == 0]
+    if off:
+        lines.append(f"losses turned off by weight 0: {', '.join(off)}")
+    return lines

@@ -1,0 +1,67 @@
+"""Which device and which arithmetic a run uses."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from reidreg.errors import DeviceError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `train.device`.
+
+    Raises:
+        DeviceError: It is not one, or not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(
+            f"train.device: {name!r} is no device; it is auto, cpu, cuda, cuda:N or mps"
+        ) from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                f"train.device: {name} was asked for, but torch {torch.__version__} sees no CUDA "
+                "device here; use auto or cpu (`reidreg doctor` shows what there is)"
+            )
+        if (device.index or 0) >= count:
+            raise DeviceError(f"train.device: {name} was asked for, but there are {count} devices")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("train.device: mps was asked for, but this machine has none")
+    elif device.type not in ("cpu", "cuda", "mps"):
+        raise DeviceError(f"train.device: {name!r} is not supported; use auto, cpu, cuda or mps")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The data type of `train.precision` on a device: auto is bf16 where the hardware has it."""
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float32
+    if device.type == "cpu" and _cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether bfloat16 products are instructions here; emulated ones are slower than float32."""
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a model runs in this data type."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)

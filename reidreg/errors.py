@@ -1,0 +1,90 @@
+"""What can go wrong, and the exit code that the command line gives it.
+
+Exception
+├── ReidregError            2    the user can fix it: one line that names the key or the file
+│   ├── ConfigError              a key, an option or a value of the configuration
+│   │   └── UnknownNameError     no part is registered under this name
+│   ├── PluginError              a plugin could not be loaded, or claims a taken name
+│   ├── DataError                a folder, an image, a feature file
+│   ├── CheckpointError          a checkpoint is damaged, foreign, or does not fit
+│   └── DeviceError              a device is missing or its memory does not suffice
+├── DivergedError           3    the loss or a gradient is not finite
+└── InterruptedRun     130, 143  SIGINT or SIGTERM, after saving
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ReidregError(Exception):
+    """Something that the user can fix; its text is one line."""
+
+    exit_code = 2
+
+
+class ConfigError(ReidregError):
+    """A key, an option or a value of the configuration is wrong."""
+
+
+class UnknownNameError(ConfigError):
+    """No part of this kind is registered under this name."""
+
+
+class PluginError(ReidregError):
+    """A plugin could not be loaded, or registers what it may not."""
+
+
+class DataError(ReidregError):
+    """A folder, an image or a feature file is missing, empty or damaged."""
+
+
+class CheckpointError(ReidregError):
+    """A checkpoint is missing, damaged, of another format, or does not fit the run."""
+
+
+class DeviceError(ReidregError):
+    """The device that was asked for is not there, or is too small."""
+
+
+class DivergedError(Exception):
+    """The loss is no longer finite; the step that would have spoilt the weights was not made."""
+
+    exit_code = 3
+
+
+class InterruptedRun(Exception):
+    """A signal ended the run after its state was saved.
+
+    Args:
+        signum: The signal's number; the exit code is 128 more.
+        checkpoint: Where the state was saved, or None if there was nothing to save yet.
+    """
+
+    def __init__(self, signum: int, checkpoint: str | None = None) -> None:
+        saved = f"saved to {checkpoint}; --resume auto goes on from there" if checkpoint else ""
+        super().__init__(saved or "stopped before there was anything to save")
+        self.signum = signum
+        self.checkpoint = checkpoint
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signum
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint that ends an error's line: the nearest known word, or all of them.
+
+    Args:
+        word: What the user wrote.
+        known: What would have been right.
+
+    Returns:
+        `"; did you mean 'x'?"` if one is near, else `"; known: a, b, c"`, else an empty string.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""

@@ -1,0 +1,76 @@
+"""Crops to unit vectors, for trackers and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from reidreg.data import read_image
+from reidreg.devices import autocast
+from reidreg.errors import DataError
+from reidreg.evaluation import open_checkpoint, restore_embedder
+from reidreg.transforms import eval_transform
+
+Crop = str | Path | Image.Image | NDArray[np.uint8]
+
+
+class FeatureExtractor:
+    """A trained model as a function from crops to features.
+
+    Args:
+        ckpt: A checkpoint of ours; size and normalisation come from it.
+        device: auto, cpu, cuda, cuda:N or mps.
+        batch_size: Crops at a time.
+    """
+
+    def __init__(self, ckpt: str | Path, device: str = "auto", batch_size: int = 128) -> None:
+        checkpoint, config = open_checkpoint(
+            ckpt, {"train": {"device": device, "eval_batch_size": batch_size}}
+        )
+        self._embedder = restore_embedder(checkpoint, config)
+        size = self._embedder.input
+        assert size.mean is not None and size.std is not None
+        self._transform = eval_transform(size, size.mean, size.std)
+        self._embedder.model.eval()
+
+    @torch.inference_mode()
+    def __call__(self, crops: Sequence[Crop]) -> Tensor:
+        """Compute the features of crops.
+
+        Args:
+            crops: Paths, PIL images, or (H, W, 3) uint8 arrays in RGB; OpenCV's BGR frames are
+                turned by `crop[..., ::-1]`.
+
+        Returns:
+            (N, D) float32 on the CPU, each row of length 1; their dot products are cosines.
+
+        Raises:
+            DataError: A crop is empty, cannot be read, or is not an RGB image.
+        """
+        if not len(crops):
+            width = self._embedder.model.head.dim
+            return torch.empty(0, width)
+        embedder, batch = self._embedder, self._embedder.batch_size
+        features = []
+        with autocast(embedder.device, embedder.dtype):
+            for start in range(0, len(crops), batch):
+                views = [self._transform(_image(crop)) for crop in crops[start : start + batch]]
+                images = torch.stack(views).to(embedder.device, memory_format=torch.channels_last)
+                features.append(embedder.model(images).embeddings.float().cpu())
+        return torch.nn.functional.normalize(torch.cat(features))
+
+
+def _image(crop: Crop) -> Image.Image:
+    if isinstance(crop, (str, Path)):
+        return read_image(str(crop))
+    if isinstance(crop, Image.Image):
+        return crop.convert("RGB")
+    if crop.dtype != np.uint8 or crop.ndim != 3 or crop.shape[2] != 3 or 0 in crop.shape:
+        raise DataError(f"a crop is (H, W, 3) uint8 in RGB, got {crop.dtype} {crop.shape}")
+    return Image.fromarray(np.ascontiguousarray(crop))

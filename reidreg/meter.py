@@ -1,0 +1,81 @@
+"""Averages of losses and accuracy between two log lines, and the speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Adds up figures on the device, and brings them over only when a line is due.
+
+    `.item()` at every step would have the CPU wait for the GPU each time.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._images = 0
+        self._start = time.perf_counter()
+        self.short = ""
+
+    def resume_clock(self) -> None:
+        """Start counting seconds now: what was done since the last line was not training."""
+        if self._steps == 0:
+            self._start = time.perf_counter()
+
+    @torch.no_grad()
+    def add(
+        self, loss: Tensor, terms: Mapping[str, Tensor], logits: Tensor | None, pids: Tensor
+    ) -> None:
+        """Add a step.
+
+        Args:
+            loss: The weighted sum.
+            terms: Each term without its weight.
+            logits: (B, C), or None without a classifier.
+            pids: (B,) labels.
+        """
+        figures = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
+        if logits is not None:
+            figures["train/accuracy"] = (logits.argmax(dim=1) == pids).float().mean()
+        for key, value in figures.items():
+            value = value.detach().double()
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+        self._steps += 1
+        self._images += len(pids)
+
+    def take(self, lr: float, device: torch.device) -> dict[str, float]:
+        """The averages since the last call, which starts the next ones.
+
+        Args:
+            lr: The learning rate in use.
+            device: Where training runs, for its peak memory.
+        """
+        figures = {key: value.item() / self._steps for key, value in self._sums.items()}
+        seconds = time.perf_counter() - self._start
+        figures["train/lr"] = lr
+        figures["train/images_per_second"] = self._images / max(seconds, 1e-9)
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+            figures["train/peak_memory_gib"] = peak / 2**30
+        self.short = (
+            f"loss {figures['train/loss']:.3f}  {figures['train/images_per_second']:.0f} images/s"
+        )
+        self._sums, self._steps, self._images = {}, 0, 0
+        self._start = time.perf_counter()
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums under way, for an exact resume between two lines."""
+        return {"sums": dict(self._sums), "steps": self._steps, "images": self._images}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the sums of an interrupted run; its seconds are gone."""
+        self._sums = dict(state["sums"])
+        self._steps, self._images = state["steps"], state["images"]
+        self._start = time.perf_counter()

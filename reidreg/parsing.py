@@ -1,0 +1,539 @@
+"""Files and flags to a resolved configuration, in two passes.
+
+The first pass reads only the names of the parts; the second builds a jsonargparse parser from the
+signatures of just those parts, which types, converts and documents every option. Around it stands
+what jsonargparse leaves open: layering several files, the nearest name for a mistyped key, limits,
+and errors of one line. A configuration holds registered names alone; nothing in it is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.resources
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from reidreg.config import (
+    FIXED_SECTIONS,
+    ORDER,
+    PART_SECTIONS,
+    Config,
+    LossConfig,
+    RunConfig,
+    Weight,
+    config_from_dict,
+)
+from reidreg.errors import ConfigError, did_you_mean
+from reidreg.registry import RUN_TIME_FACTS, Option, check_limits, check_options, fits, options_of
+from reidreg.schedules import SCHEDULES
+from reidreg.yamlfile import read_yaml
+
+Layer = str | Path | Mapping[str, Any]
+
+DEFAULT_SCHEDULE = "multistep"
+_TERM = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+
+
+def load_config(*layers: Layer, flags: Sequence[str] = ()) -> Config:
+    """Resolve a configuration from files, mappings and command-line flags; later ones win.
+
+    Args:
+        layers: Paths of YAML files, bare names of configurations that ship with reidreg
+            (`"quickstart"`, `"overlays/center"`), or mappings; their keys may be dotted.
+        flags: Such as `["--optimizer.lr", "0.001", "--dataset.root=data"]`.
+
+    Raises:
+        ConfigError: A file, key, value or name is wrong; one line that says which and what is
+            allowed.
+    """
+    parsed, _ = parse(list(layers), list(flags), prog="reidreg fit", commands={})
+    return parsed
+
+
+# --------------------------------------------------------------------- the chosen parts
+
+
+@dataclass(frozen=True)
+class Group:
+    """One section of the configuration and the class whose signature its options are.
+
+    Args:
+        key: `dataset`, `losses.triplet`, `train`, or empty for the top level.
+        part: The class.
+        name: Its registered name, or None in a section that holds no part.
+        names: The names that could stand there.
+    """
+
+    key: str
+    part: type
+    name: str | None = None
+    names: tuple[str, ...] = ()
+
+    @property
+    def facts(self) -> frozenset[str]:
+        """Constructor parameters that are no options: only registered parts have any."""
+        return RUN_TIME_FACTS if self.name is not None else frozenset()
+
+    def prefixed(self, option: str) -> str:
+        return f"{self.key}.{option}" if self.key else option
+
+    def own_options(self) -> dict[str, Option]:
+        """The options of the class, by name."""
+        return options_of(self.part, self.facts)
+
+    def options(self) -> dict[str, Option]:
+        """All that may stand in the section, by full key."""
+        own = {self.prefixed(name): option for name, option in self.own_options().items()}
+        if self.name is not None:
+            own[self.prefixed("name")] = Option("name", str, self.name)
+        if self.key.startswith("losses."):
+            own[self.prefixed("weight")] = Option("weight", Weight, LossConfig.weight)
+        return own
+
+
+def _registry(section: str) -> Mapping[str, type]:
+    if section == "schedule":
+        return SCHEDULES
+    from reidreg.interfaces import REGISTRIES  # imports torch: only once a part is named
+
+    return REGISTRIES["loss" if section.startswith("losses.") else section]
+
+
+def _groups(names: Mapping[str, str]) -> list[Group]:
+    """The sections of a configuration whose parts have these names, in a file's order."""
+    groups = []
+    for section in ORDER:
+        if section in FIXED_SECTIONS:
+            groups.append(Group(section, FIXED_SECTIONS[section]))
+        for key in names:
+            if key == section or key.startswith(f"{section}."):
+                groups.append(_part_group(key, names[key]))
+    return [*groups, Group("", RunConfig)]
+
+
+def _part_group(key: str, name: str) -> Group:
+    registry = _registry(key)
+    if key == "schedule" and name not in registry:
+        raise ConfigError(f"schedule.name: no schedule {name!r}{did_you_mean(name, registry)}")
+    try:
+        part = registry[name]
+    except ConfigError as error:
+        raise ConfigError(f"{key}.name: {error}") from error
+    return Group(key, part, name, tuple(registry))
+
+
+# --------------------------------------------------------------------- layers
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a configuration: a path, or the name of one that ships with reidreg.
+
+    Raises:
+        ConfigError: There is neither; the line names those that ship.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    shipped = shipped_configs()
+    # `configs/aihub_kaist.yaml` is what the documentation says from within a clone; without one
+    # the same file comes from the package.
+    bare = str(name).removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
+    if bare in shipped:
+        return shipped[bare]
+    raise ConfigError(f"--config {name}: no such file{did_you_mean(bare, shipped)}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that ship with reidreg: name to file."""
+    package = Path(str(importlib.resources.files("reidreg")))
+    # In a wheel they lie inside the package, in a checkout beside it.
+    folder = next(p for p in (package / "configs", package.parent / "configs") if p.is_dir())
+    return {
+        str(path.relative_to(folder).with_suffix("")): path
+        for path in sorted(folder.rglob("*.yaml"))
+    }
+
+
+def _read_layer(layer: Layer) -> dict[str, Any]:
+    values = layer if isinstance(layer, Mapping) else read_yaml(find_config(layer))
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, last = str(key).split(".")
+        target = nested
+        for section in sections:
+            target = target.setdefault(section, {})
+        if isinstance(value, Mapping) and isinstance(target.get(last), dict):
+            target[last] = _merged(target[last], value)
+        else:
+            target[last] = value
+    return nested
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two layers in one.
+
+    Where the upper one chooses another part, the options of the part below are kept under
+    `_inherited`: those that the new part has too still hold, the others go without a word.
+    """
+    result = dict(below)
+    for key, value in above.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), dict):
+            result[key] = _merged(result[key], value)
+        else:
+            result[key] = value
+    if "name" in above and below.get("name", above["name"]) != above["name"]:
+        inherited = {k: v for k, v in below.items() if k not in above and k != "_inherited"}
+        for key in inherited:
+            del result[key]
+        result["_inherited"] = {**below.get("_inherited", {}), **inherited}
+    return result
+
+
+def _flag_layer(flags: Sequence[str]) -> dict[str, Any]:
+    """What the flags say of names alone: `--losses.center.name center`."""
+    names = {}
+    for position, flag in enumerate(flags):
+        key, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or not key.endswith(".name"):
+            continue
+        if not _holds_part(key.removesuffix(".name")):
+            continue
+        if not equals and position + 1 < len(flags):
+            value = flags[position + 1]
+        if value:
+            names[key] = value
+    return _read_layer(names)
+
+
+def _holds_part(section: str) -> bool:
+    term = section.removeprefix("losses.")
+    return section in (*PART_SECTIONS, "schedule") or (
+        term != section and _TERM.fullmatch(term) is not None
+    )
+
+
+def _names_in(values: Mapping[str, Any]) -> dict[str, str]:
+    """Section to part's name, as far as a merged layer gives them."""
+    sections = {key: values[key] for key in (*PART_SECTIONS, "schedule") if key in values}
+    losses = values.get("losses") or {}
+    if not isinstance(losses, Mapping):
+        raise ConfigError("losses: expected terms, each with a name and options")
+    for term, loss in losses.items():
+        if not _TERM.fullmatch(str(term)):
+            raise ConfigError(f"losses.{term}: a term is named by letters, digits and '_'")
+        sections[f"losses.{term}"] = loss
+    names = {}
+    for key, section in sections.items():
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{key}: expected a name and options, got {section!r}")
+        if "name" in section:
+            if not isinstance(section["name"], str):
+                raise ConfigError(f"{key}.name: expected a name, got {section['name']!r}")
+            names[key] = section["name"]
+    return names
+
+
+# --------------------------------------------------------------------- the two passes
+
+
+def parse(
+    layers: list[Layer],
+    flags: list[str],
+    *,
+    prog: str,
+    commands: Mapping[str, Mapping[str, Any]],
+    description: str = "",
+) -> tuple[Config, dict[str, Any]]:
+    """Resolve a configuration together with a command's own options.
+
+    Args:
+        layers: As for `load_config`.
+        flags: The command line behind the command's name, without its `--config`.
+        prog: For the usage line.
+        commands: The command's own options: name to `ArgumentParser.add_argument`'s keywords.
+        description: What the command does, for its help.
+
+    Returns:
+        The configuration, and the values of the command's own options.
+
+    Raises:
+        ConfigError: As for `load_config`.
+        SystemExit: After `--help`.
+    """
+    values, extra = resolve(layers, flags, prog=prog, commands=commands, description=description)
+    config = config_from_dict(values)
+    check_optimizer(config)
+    return config, extra
+
+
+def resolve(
+    layers: list[Layer],
+    flags: list[str],
+    *,
+    prog: str,
+    commands: Mapping[str, Mapping[str, Any]],
+    description: str = "",
+    sections: tuple[str, ...] = ORDER,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `parse`, but for some sections alone, and with plain values as the result."""
+    values: dict[str, Any] = {}
+    for layer in [*[_read_layer(layer) for layer in layers], _flag_layer(flags)]:
+        values = _merged(values, layer)
+    names = {"schedule": DEFAULT_SCHEDULE, **_names_in(values)}
+    groups = [group for group in _groups(names) if group.key.split(".")[0] in (*sections, "")]
+    parser = build_parser(groups, prog, commands, description)
+    if any(flag in ("-h", "--help") for flag in flags):
+        parser.print_help()
+        raise SystemExit(0)
+    _check_flags(flags, groups, commands)
+    _check_complete(names, sections)
+    values = _without_foreign(values, groups)
+    _check_keys(values, groups)
+    resolved = _run_parser(parser, values, flags, groups)
+    extra = {name: resolved.pop(name) for name in commands}
+    _check_values(resolved, groups)
+    return resolved, extra
+
+
+def build_parser(
+    groups: list[Group], prog: str, commands: Mapping[str, Mapping[str, Any]], description: str
+) -> ArgumentParser:
+    """The parser of the second pass; `--help` shows every option of the parts in use."""
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--config FILE ...] [OPTIONS]",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description=description,
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="a YAML file, or the name of one that ships; may be given several times, later wins",
+    )
+    for name, keywords in commands.items():
+        parser.add_argument(f"--{name}", **keywords)
+    for group in groups:
+        _add_group(parser, group)
+    for action in parser._actions:
+        # jsonargparse offers a file for each section; `--config` layers files, so one way is
+        # enough, and the help stays short.
+        if type(action).__name__ == "_ActionConfigLoad":
+            action.help = argparse.SUPPRESS
+        elif action.dest in _known_keys(groups) and action.choices is None:
+            action.metavar = "VALUE"
+    return parser
+
+
+class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Types and defaults beside each option, descriptions as they are."""
+
+
+def _add_group(parser: ArgumentParser, group: Group) -> None:
+    skip = {name for name in group.facts if name in _parameters(group.part)}
+    parser.add_class_arguments(group.part, group.key or None, skip=skip)
+    section: Any = (parser.groups or {}).get(group.key, parser)
+    if group.name is not None:
+        kind = "loss" if group.key.startswith("losses.") else group.key
+        section.add_argument(
+            f"--{group.key}.name",
+            type=Literal[group.names],
+            default=group.name,
+            help=f"registered {kind}",
+        )
+    if group.key.startswith("losses."):
+        section.add_argument(
+            f"--{group.key}.weight", type=float, default=1.0, help="0 turns the term off"
+        )
+
+
+def _parameters(part: type) -> Iterable[str]:
+    return typing.get_type_hints(part.__init__)  # type: ignore[misc]
+
+
+def _known_keys(groups: Iterable[Group]) -> dict[str, Option]:
+    return {key: option for group in groups for key, option in group.options().items()}
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """A hint with the known key that was probably meant, by the whole key or by its last word."""
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        leaf = difflib.SequenceMatcher(
+            None, key.rpartition(".")[2], candidate.rpartition(".")[2]
+        ).ratio()
+        # A right last word in the wrong section counts nearly as much as a typo in place.
+        return max(whole, 0.6 * leaf + 0.4 * whole, 0.9 * leaf if "." not in key else 0.0)
+
+    best = max(known, key=likeness, default=None)
+    return f"; did you mean {best!r}?" if best is not None and likeness(best) >= 0.6 else ""
+
+
+def _check_flags(flags: list[str], groups: list[Group], commands: Mapping[str, Any]) -> None:
+    known = [*_known_keys(groups), *commands, "config"]
+    sections = {key.rpartition(".")[0] for key in known} | {"losses"}
+    for flag in flags:
+        if not flag.startswith("--") or flag == "--":
+            continue
+        key = flag[2:].partition("=")[0].removesuffix("+")
+        if key in known:
+            continue
+        if key in sections:
+            raise ConfigError(f"--{key}: this is a section; its options are --{key}.KEY")
+        unnamed = _unnamed_section(key, groups)
+        hint = nearest_key(key, known)
+        if unnamed and not hint:
+            hint = f"; give --config FILE, or --{unnamed}.name first"
+        raise ConfigError(f"--{key}: no such option{hint}")
+
+
+def _unnamed_section(key: str, groups: list[Group]) -> str | None:
+    """The section of a key, if it could hold a part and no part is chosen yet."""
+    section = ".".join(key.split(".")[:2]) if key.startswith("losses.") else key.split(".")[0]
+    chosen = [group.key for group in groups]
+    return section if _holds_part(section) and section not in chosen else None
+
+
+def check_optimizer(config: Config) -> None:
+    """Raise ConfigError for an optimizer that does not exist, or lacks one of the options."""
+    from reidreg import optimizers  # imports torch: only once a configuration is whole
+
+    optimizers.check_optimizer(config.optimizer)
+
+
+def _check_complete(names: Mapping[str, str], sections: tuple[str, ...]) -> None:
+    missing = [key for key in PART_SECTIONS if key in sections and key not in names]
+    if missing:
+        raise ConfigError(
+            f"no {missing[0]} is named: give --config FILE (such as --config quickstart) "
+            f"or --{missing[0]}.name"
+        )
+    if "losses" in sections and not any(key.startswith("losses.") for key in names):
+        raise ConfigError("no loss is named: give --config FILE or --losses.TERM.name")
+
+
+def _without_foreign(values: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
+    """Put inherited options back where the chosen part has them too, and drop the others."""
+    known = _known_keys(groups)
+
+    def settle(section: Any, prefix: str) -> Any:
+        if not isinstance(section, dict):
+            return section
+        inherited = {
+            key: value
+            for key, value in section.get("_inherited", {}).items()
+            if f"{prefix}{key}" in known
+        }
+        own = {
+            key: settle(value, f"{prefix}{key}.")
+            for key, value in section.items()
+            if key != "_inherited"
+        }
+        return {**inherited, **own}
+
+    settled: dict[str, Any] = settle(values, "")
+    return settled
+
+
+def _check_keys(values: Mapping[str, Any], groups: list[Group]) -> None:
+    """Raise ConfigError for a key that no part in use has, or a section that is not one."""
+    known = _known_keys(groups)
+    sections = {group.key for group in groups if group.key} | {"losses"}
+
+    def walk(section: Mapping[str, Any], prefix: str) -> None:
+        for name, value in section.items():
+            key = f"{prefix}{name}"
+            if key in sections:
+                if value is None:
+                    continue
+                if not isinstance(value, Mapping):
+                    raise ConfigError(f"{key}: expected options, got {value!r}")
+                walk(value, f"{key}.")
+            elif key not in known:
+                loss = key.startswith("losses.") and key.count(".") == 1
+                if loss and isinstance(value, Mapping):
+                    raise ConfigError(f"{key}: this term has no name{nearest_key(key, sections)}")
+                raise ConfigError(f"{key}: no such key{nearest_key(key, {*known, *sections})}")
+
+    walk(values, "")
+
+
+def _run_parser(
+    parser: ArgumentParser, values: dict[str, Any], flags: list[str], groups: list[Group]
+) -> dict[str, Any]:
+    values = {key: value for key, value in values.items() if value is not None}
+    known = _known_keys(groups)
+    try:
+        below: Namespace = parser.parse_object(values)
+        above: Namespace = parser.parse_args(flags, namespace=below)
+    except argparse.ArgumentError as error:
+        raise ConfigError(_one_line(str(error), known)) from error
+    resolved: dict[str, Any] = above.as_dict()
+    resolved.pop("config", None)
+    resolved.setdefault("losses", {})
+    return resolved
+
+
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_VALUE = re.compile(r"(?:Got value|Given value): (.*)\Z", re.DOTALL)
+
+
+def _one_line(message: str, known: Mapping[str, Option]) -> str:
+    """jsonargparse's message as key, value and what is allowed."""
+    key, value = _KEY.search(message), _VALUE.search(message)
+    if key is None or key[1] not in known:
+        return message.splitlines()[0].removeprefix("argument ")
+    option = known[key[1]]
+    got = value[1].strip().splitlines()[0] if value else "something else"
+    return f"{key[1]}: expected {describe_type(option.hint)}, got {got}"
+
+
+def describe_type(hint: Any) -> str:
+    """A type in words: `a whole number`, `one of 'linear', 'constant'`, `a list of text`."""
+    while get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if hint in words:
+        return words[hint]
+    origin, members = get_origin(hint), get_args(hint)
+    if hint is type(None):
+        return "null"
+    if origin is Literal:
+        return " or ".join(repr(member) for member in members)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(member) for member in members)
+    if origin is list or (origin is tuple and members[-1] is Ellipsis):
+        return f"a list [{describe_type(members[0])}, ...]"
+    if origin is tuple:
+        return f"[{', '.join(describe_type(member) for member in members)}]"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _check_values(resolved: dict[str, Any], groups: list[Group]) -> None:
+    """Limits, nulls and options that do not go together, section by section."""
+    for group in groups:
+        section: Any = resolved
+        for word in group.key.split(".") if group.key else []:
+            section = section[word]
+        for key, option in group.options().items():
+            value = section[option.name]
+            if value is None and not fits(None, option.hint):
+                raise ConfigError(f"{key}: expected {describe_type(option.hint)}, got null")
+            check_limits(key, value, option.hint)
+        if group.key:
+            own = {name: section[name] for name in group.own_options()}
+            check_options(group.part, own, group.key, group.facts)
+    losses = resolved["losses"]
+    if losses and all(loss["weight"] == 0 for loss in losses.values()):
+        raise ConfigError("losses: every term has weight 0, so there is nothing to train")

@@ -1,0 +1,127 @@
+"""Plugins: installed distributions whose import registers parts.
+
+A plugin declares an entry point of the group `reidreg.plugins` whose value is a module; importing
+that module runs its `@KIND.register(name)` decorators. The parts that ship with reidreg come by
+the same road. A plugin that fails to import is remembered with its reason and takes nothing with
+it: only a run that needs one of its parts hears of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+from reidreg.errors import PluginError, did_you_mean
+
+GROUP = "reidreg.plugins"
+VARIABLE = "REIDREG_PLUGINS"
+
+
+@dataclass
+class Plugin:
+    """Where parts come from.
+
+    Args:
+        name: The entry point's name, or the module's for parts registered by hand.
+        module: The module whose import registers the parts.
+        distribution: The installed distribution, or an empty string.
+        version: The distribution's version, or an empty string.
+        error: Why the import failed, in one line; None if it did not.
+        seconds: What the import took.
+    """
+
+    name: str
+    module: str
+    distribution: str = ""
+    version: str = ""
+    error: str | None = None
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        owner = f"{self.distribution} {self.version}".strip()
+        return f"{self.name} ({owner})" if owner else self.name
+
+
+_importing: ContextVar[Plugin | None] = ContextVar("importing", default=None)
+_loaded: dict[str, Plugin] | None = None
+
+
+def importing() -> Plugin | None:
+    """The plugin that is being imported at this moment, if any."""
+    return _importing.get()
+
+
+def load_plugins() -> tuple[Plugin, ...]:
+    """Import every installed plugin once; a second call only returns what the first found.
+
+    The environment variable `REIDREG_PLUGINS` holds the names of those to load, separated by
+    commas; empty loads none. Without it all are loaded.
+
+    Returns:
+        One entry for each plugin, those that failed with their `error`.
+
+    Raises:
+        PluginError: The variable names a plugin that is not installed.
+    """
+    global _loaded
+    if _loaded is None:
+        wanted = _wanted(list(entry_points(group=GROUP)))
+        # Set before importing: a plugin that reads a registry while it is imported must not
+        # start the loading again.
+        _loaded = {}
+        for entry in wanted:
+            _loaded[entry.name] = _load(entry)
+    return tuple(_loaded.values())
+
+
+def _wanted(found: list[EntryPoint]) -> list[EntryPoint]:
+    """The entry points to load, ours first so that nobody can take its parts' names."""
+    found = sorted(found, key=lambda entry: (entry.module != "reidreg_plugins", entry.name))
+    chosen = os.environ.get(VARIABLE)
+    if chosen is None:
+        return found
+    names = [name.strip() for name in chosen.split(",") if name.strip()]
+    known = [entry.name for entry in found]
+    for name in names:
+        if name not in known:
+            raise PluginError(f"{VARIABLE}: no plugin {name!r}{did_you_mean(name, known)}")
+    return [entry for entry in found if entry.name in names]
+
+
+def _load(entry: EntryPoint) -> Plugin:
+    dist = entry.dist
+    plugin = Plugin(
+        name=entry.name,
+        module=entry.module,
+        distribution=dist.name if dist else "",
+        version=dist.version if dist else "",
+    )
+    start = time.perf_counter()
+    with _as_importing(plugin):
+        try:
+            importlib.import_module(entry.module)
+        # SystemExit too: a plugin that calls sys.exit on import must not end our process.
+        except (Exception, SystemExit) as error:
+            plugin.error = f"{type(error).__name__}: {error}".splitlines()[0]
+    plugin.seconds = time.perf_counter() - start
+    return plugin
+
+
+@contextmanager
+def _as_importing(plugin: Plugin) -> Iterator[None]:
+    token = _importing.set(plugin)
+    try:
+        yield
+    finally:
+        _importing.reset(token)
+
+
+def broken_plugins() -> tuple[Plugin, ...]:
+    """The plugins that failed to load, among those tried so far."""
+    return tuple(plugin for plugin in (_loaded or {}).values() if plugin.error is not None)

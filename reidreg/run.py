@@ -1,0 +1,303 @@
+"""A run: all that training holds, built from a configuration, captured to and restored from a
+checkpoint."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from reidreg.checkpoint import Checkpoint, load_checkpoint
+from reidreg.config import Config, plain
+from reidreg.data import Labels, TrainLoader, count_workers, labels_of, training_samples
+from reidreg.errors import CheckpointError, DataError
+from reidreg.evaluation import Embedder, load_weights, make_embedder
+from reidreg.interfaces import DATASETS, EVALUATORS, SAMPLERS, Dataset, Evaluator, Sampler
+from reidreg.logs import logger
+from reidreg.meter import Meter
+from reidreg.model import Model, build_model
+from reidreg.objective import Objective, build_objective
+from reidreg.optimizers import make_optimizer, make_schedule
+from reidreg.schedules import Schedule
+from reidreg.transforms import train_transform
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Args:
+        epoch: Whole epochs done.
+        batch: Steps done in the epoch under way.
+        step: Steps done in all.
+        evaluated: The last epoch that was evaluated, -1 if none was.
+        best: The best mAP so far, -1 if there is none.
+        metrics: The last evaluation's figures.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    evaluated: int = -1
+    best: float = -1.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """Everything that training holds, built from a configuration by `build_run`."""
+
+    config: Config
+    dataset: Dataset
+    sampler: Sampler
+    loader: TrainLoader
+    model: Model
+    embedder: Embedder
+    evaluator: Evaluator
+    objective: Objective
+    optimizer: Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    meter: Meter
+    progress: Progress
+
+
+def build_run(config: Config) -> Run:
+    """Build every part of a run; weights are random, and the data's labels are checked."""
+    seed_everything(config.train.seed)
+    dataset = DATASETS.build(config.dataset.name, **config.dataset.options)
+    evaluator = EVALUATORS.build(config.evaluator.name, **config.evaluator.options)
+    samples = training_samples(dataset)
+    labels = labels_of(samples)
+    check_splits(dataset, evaluator)
+
+    model = build_model(config, labels)
+    embedder = make_embedder(model, labels, config)
+    objective = build_objective(config, labels, model.head.dim).to(embedder.device)
+    parameters = [*model.named_parameters(), *objective.shared_parameters()]
+    sampler = SAMPLERS.build(
+        config.sampler.name,
+        **config.sampler.options,
+        pids=[sample.pid for sample in samples],
+        camids=[sample.camid for sample in samples],
+        seed=config.train.seed,
+        rank=0,
+        world_size=1,
+    )
+    if len(sampler) == 0:
+        raise DataError(f"sampler {config.sampler.name}: not one batch fits into an epoch")
+    assert embedder.input.mean is not None and embedder.input.std is not None
+    loader = TrainLoader(
+        samples,
+        labels,
+        sampler,
+        train_transform(embedder.input, embedder.input.mean, embedder.input.std),
+        seed=config.train.seed,
+        workers=count_workers(config.train.workers),
+        pin=embedder.device.type == "cuda",
+    )
+    return Run(
+        config=config,
+        dataset=dataset,
+        sampler=sampler,
+        loader=loader,
+        model=model,
+        embedder=embedder,
+        evaluator=evaluator,
+        objective=objective,
+        optimizer=make_optimizer(config.optimizer, parameters),
+        schedule=make_schedule(config),
+        scaler=torch.amp.GradScaler(embedder.device.type, enabled=embedder.dtype == torch.float16),
+        meter=Meter(),
+        progress=Progress(),
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that a part might draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def check_splits(dataset: Dataset, evaluator: Evaluator) -> None:
+    """Raise DataError now for an evaluation that could not succeed after hours of training."""
+    for split in ("query", "gallery"):
+        if not getattr(dataset, split):
+            raise DataError(f"the {split} split holds no images, so nothing can be evaluated")
+    for note in evaluator.check_ids(dataset.query, dataset.gallery):
+        logger.info("note: %s", note)
+
+
+def start_weights(run: Run) -> None:
+    """Give a new run its first weights: a checkpoint's of ours, or the backbone's pretrained."""
+    if run.config.init_from is not None:
+        checkpoint = load_checkpoint(run.config.init_from)
+        logger.info("%s", load_matching(run.model, checkpoint, run.embedder.labels))
+        return
+    report = run.model.backbone.load_pretrained()
+    if report is not None:
+        logger.info("%s", report)
+
+
+def load_matching(model: Model, checkpoint: Checkpoint, labels: Labels) -> str:
+    """Load the weights that fit; a classifier of other identities does not.
+
+    Returns:
+        A line that says what was left out.
+
+    Raises:
+        CheckpointError: A weight of the backbone does not fit, so it is another model.
+    """
+    own = model.state_dict()
+    same_people = checkpoint.labels.pids == labels.pids
+    fitting = {
+        key: value
+        for key, value in checkpoint.model.items()
+        if key in own
+        and own[key].shape == value.shape
+        # A row for each identity: as many identities are not the same people.
+        and (same_people or not _has_row_per_identity(key, value, checkpoint.labels))
+    }
+    left = [key for key in own if key not in fitting]
+    if any(key.startswith("backbone.") for key in left):
+        load_weights(model, checkpoint.model)  # raises, naming the first keys and shapes
+    model.load_state_dict(fitting, strict=False)
+    rest = f"; starting anew: {', '.join(left)}" if left else ""
+    return f"weights of a checkpoint of epoch {checkpoint.epoch}: {len(fitting)} tensors{rest}"
+
+
+def _has_row_per_identity(key: str, value: torch.Tensor, labels: Labels) -> bool:
+    return key.startswith("head.") and value.dim() > 1 and len(value) == len(labels.pids)
+
+
+# --------------------------------------------------------------------- to and from a checkpoint
+
+
+def capture(run: Run, resumable: bool = True) -> Checkpoint:
+    """The run as a checkpoint.
+
+    Args:
+        run: The run.
+        resumable: Include what only a resume needs, about twice the size of the weights.
+    """
+    size, mean, std = run.embedder.input.size, run.embedder.input.mean, run.embedder.input.std
+    training = {
+        "optimizer": run.optimizer.state_dict(),
+        "objective": run.objective.state_dict(),
+        "objective_optimizers": run.objective.optimizer_state(),
+        "scaler": run.scaler.state_dict(),
+        "sampler": run.sampler.state_dict(),
+        "meter": run.meter.state_dict(),
+        "progress": asdict(run.progress),
+        "random": random_state(),
+    }
+    return Checkpoint(
+        model=run.model.state_dict(),
+        config=run.config.as_dict(),
+        labels=run.embedder.labels,
+        preprocessing=plain({"size": size, "mean": mean, "std": std}),
+        epoch=run.progress.epoch,
+        step=run.progress.step,
+        metrics=run.progress.metrics,
+        training=training if resumable else None,
+    )
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Put a run where a checkpoint left off; options may differ, what they are is logged.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be resumed, or not by this run.
+    """
+    training = checkpoint.training
+    if training is None:
+        raise CheckpointError(
+            "this checkpoint holds weights alone and cannot be resumed: use checkpoints/last.ckpt, "
+            "or start a new run from the weights with --init_from"
+        )
+    if checkpoint.labels.pids != run.embedder.labels.pids:
+        raise CheckpointError(
+            f"the checkpoint was trained on {len(checkpoint.labels.pids)} identities, the data "
+            f"has {len(run.embedder.labels.pids)}, or others: start a new run from its weights "
+            "with --init_from"
+        )
+    for line in differences(checkpoint.config, run.config.as_dict()):
+        logger.info("changed on resume: %s", line)
+    load_weights(run.model, checkpoint.model)
+    load_weights(run.objective, training["objective"])
+    load_optimizer(run.optimizer, training["optimizer"], "optimizer")
+    own = run.objective.optimizers
+    for term, state in training["objective_optimizers"].items():
+        load_optimizer(own[term], state, f"losses.{term}")
+    run.scaler.load_state_dict(training["scaler"])
+    run.sampler.load_state_dict(training["sampler"])
+    run.meter.load_state_dict(training["meter"])
+    run.progress = Progress(**training["progress"])
+    set_random_state(training["random"])
+
+
+def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], key: str) -> None:
+    """Take over an optimizer's state, but not its options: those are the configuration's.
+
+    Raises:
+        CheckpointError: The saved state belongs to other parameters or another optimizer.
+    """
+    current = optimizer.state_dict()
+    places = [group["params"] for group in current["param_groups"]]
+    if places != [group["params"] for group in saved["param_groups"]]:
+        raise CheckpointError(
+            f"{key}: the checkpoint's optimizer grouped the parameters differently, so it cannot "
+            "go on; keep bias_lr_factor and bias_weight_decay, or start anew with --init_from"
+        )
+    known = set(current["param_groups"][0])
+    if known != set(saved["param_groups"][0]):
+        raise CheckpointError(f"{key}: the checkpoint was written by another optimizer")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": current["param_groups"]})
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                # In the parameter's memory layout again: kernels walk both side by side.
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys in which two plain configurations differ, with both values."""
+    lines = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global generator."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state = {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Set every global generator; those of CUDA devices as far as they are here."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    for index, saved in enumerate(state.get("cuda", [])):
+        if index < torch.cuda.device_count():
+            torch.cuda.set_rng_state(saved, index)

@@ -1,0 +1,54 @@
+"""SIGINT and SIGTERM: finish the step, save, stop. A second one stops at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from reidreg.errors import InterruptedRun
+
+
+class StopSignals:
+    """Notes a signal while its context is open; the loop looks at `received` after each step."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._immediate = False
+        self._saved: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        # Python allows handlers in the main thread only; elsewhere a run is not interruptible.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._immediate or self.received is not None:
+            raise InterruptedRun(number, self._saved)
+        self.received = number
+
+    @contextlib.contextmanager
+    def immediate(self, saved: str | None) -> Iterator[None]:
+        """Stop at once inside this block, since there is nothing to save that is not saved.
+
+        Args:
+            saved: The checkpoint that holds the run's state, for the message.
+        """
+        self._saved = saved
+        self._immediate = True
+        try:
+            if self.received is not None:
+                raise InterruptedRun(self.received, saved)
+            yield
+        finally:
+            self._immediate = False

@@ -1,0 +1,187 @@
+"""Training: `fit` from top to bottom.
+
+configuration -> parts -> batches -> Output -> losses -> step -> evaluation -> checkpoint
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reidreg.checkpoint import load_checkpoint, save_checkpoint
+from reidreg.config import Config
+from reidreg.describe import announce, describe_evaluation, describe_step, validation_figures
+from reidreg.devices import autocast
+from reidreg.errors import DivergedError, InterruptedRun
+from reidreg.evaluation import evaluate_dataset, write_metrics
+from reidreg.logs import MetricsLog, ProgressBar, log_to_file, logger, start_wandb
+from reidreg.optimizers import set_learning_rate
+from reidreg.run import Progress, Run, build_run, capture, restore, start_weights
+from reidreg.runfolder import RunFolder
+from reidreg.signals import StopSignals
+from reidreg.values import Batch
+
+
+def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
+    """Train a model, evaluating as it goes and at the end.
+
+    Args:
+        config: What to train, from `load_config`.
+        resume: `auto` goes on from the newest checkpoint in `output_dir`, if there is one; a path
+            goes on from that file; None starts a new run and sets an earlier one's files aside.
+
+    Returns:
+        The last evaluation's figures, fractions 0..1.
+
+    Raises:
+        ReidregError: Something that the user can fix; see its subclasses.
+        DivergedError: The loss or a gradient is not finite.
+        InterruptedRun: SIGINT or SIGTERM came, and the state is saved.
+    """
+    folder = RunFolder(Path(config.output_dir).expanduser())
+    folder.open()
+    with folder.exclusive(), log_to_file(folder.log), StopSignals() as signals:
+        source = folder.to_resume(resume)
+        checkpoint = load_checkpoint(source) if source else None
+        run = build_run(config)
+        if checkpoint is not None:
+            restore(run, checkpoint)
+            logger.info("resumed from %s at step %d", source, run.progress.step)
+        else:
+            start_weights(run)
+            aside = folder.set_earlier_run_aside()
+            if aside is not None:
+                logger.info("files of an earlier run are now in %s", aside)
+        folder.write_config(config)
+        announce(run)
+        metrics = MetricsLog(
+            folder.metrics_log, run.progress.step, start_wandb(config, folder.root)
+        )
+        exit_code = 1
+        try:
+            train(run, folder, metrics, signals)
+            exit_code = 0
+        finally:
+            metrics.close(exit_code)
+        return run.progress.metrics
+
+
+# --------------------------------------------------------------------- the loop
+
+
+def train(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
+    """Train the epochs that are left."""
+    config, progress = run.config.train, run.progress
+    if config.eval_untrained and progress.step == 0:
+        evaluate_epoch(run, folder, metrics, signals)
+    while progress.epoch < config.epochs or evaluation_due(run):
+        # Due before anything else after a resume that fell into an evaluation.
+        if not evaluation_due(run):
+            train_epoch(run, folder, metrics, signals)
+            save_checkpoint(capture(run), folder.last)
+        if evaluation_due(run):
+            evaluate_epoch(run, folder, metrics, signals)
+            save_checkpoint(capture(run), folder.last)
+        if progress.epoch % config.checkpoint_every == 0:
+            kept = folder.at_epoch(progress.epoch)
+            save_checkpoint(capture(run, resumable=False), kept)
+            logger.info("saved %s", kept)
+
+
+def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
+    """Train the rest of the epoch under way."""
+    config, progress, meter = run.config.train, run.progress, run.meter
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    set_learning_rate(run.optimizer, run.schedule.factor(progress.epoch + 1))
+    run.model.train()
+    steps = len(run.sampler)
+    with ProgressBar(f"epoch {progress.epoch + 1}/{config.epochs}", steps) as bar:
+        bar.report(progress.batch, steps)
+        meter.resume_clock()
+        for batch in run.loader.epoch(progress.epoch, start=progress.batch):
+            batch = to_device(batch, run.embedder.device)
+
+            with autocast(run.embedder.device, run.embedder.dtype):
+                output = run.model(batch.images, batch.camids)
+            loss, terms = run.objective(output, batch.pids)
+            check_finite("the loss", loss, progress, terms)
+
+            run.optimizer.zero_grad()
+            run.objective.zero_grad()
+            run.scaler.scale(loss).backward()
+            if not run.scaler.is_enabled():  # a scaler skips such steps by itself
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                norm = nn.utils.get_total_norm(gradients, foreach=True)
+                check_finite("the gradient", norm, progress, terms)
+            run.scaler.step(run.optimizer)
+            run.objective.step(run.scaler)
+            run.scaler.update()
+
+            progress.batch += 1
+            progress.step += 1
+            meter.add(loss, terms, output.logits, batch.pids)
+
+            # -------------------- once in a while --------------------
+            if progress.batch % config.log_every == 0 or progress.batch == steps:
+                figures = meter.take(run.optimizer.param_groups[0]["lr"], run.embedder.device)
+                figures = {"step": progress.step, "epoch": progress.epoch + 1, **figures}
+                metrics.write(figures)
+                logger.info("%s", describe_step(figures, progress.batch, steps, config.epochs))
+                bar.advance(0, meter.short)
+            bar.advance()
+            if signals.received is not None and progress.batch < steps:
+                save_checkpoint(capture(run), folder.last)
+                raise InterruptedRun(signals.received, str(folder.last))
+    progress.epoch += 1
+    progress.batch = 0
+    if signals.received is not None:
+        save_checkpoint(capture(run), folder.last)
+        raise InterruptedRun(signals.received, str(folder.last))
+
+
+def evaluation_due(run: Run) -> bool:
+    """Whether the epoch that was just finished is to be evaluated and has not been."""
+    epoch, config = run.progress.epoch, run.config.train
+    at_epoch = epoch > 0 and (epoch % config.eval_every == 0 or epoch == config.epochs)
+    return at_epoch and run.progress.batch == 0 and run.progress.evaluated != epoch
+
+
+def evaluate_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
+    """Evaluate the model as it is; keep it as `best` if it is."""
+    progress = run.progress
+    with signals.immediate(str(folder.last) if folder.last.exists() else None):
+        figures, _, _ = evaluate_dataset(run.embedder, run.evaluator, run.dataset)
+    progress.metrics, progress.evaluated = figures, progress.epoch
+    write_metrics(figures, folder.metrics)
+    metrics.write({"step": progress.step, "epoch": progress.epoch, **validation_figures(figures)})
+    logger.info("%s", describe_evaluation(figures, progress.epoch))
+    if progress.epoch > 0 and figures["mAP"] > progress.best:
+        progress.best = figures["mAP"]
+        metrics.summarise({f"best/{key}": figures[key] for key in ("mAP", "mINP", "rank1")})
+        save_checkpoint(capture(run, resumable=False), folder.best)
+        logger.info("saved %s (best mAP so far)", folder.best)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device, its images in the layout that convolutions like."""
+    cuda = device.type == "cuda"  # from pinned memory, without waiting
+    return Batch(
+        batch.images.to(device, non_blocking=cuda, memory_format=torch.channels_last),
+        batch.pids.to(device, non_blocking=cuda),
+        batch.camids.to(device, non_blocking=cuda),
+    )
+
+
+def check_finite(what: str, value: Tensor, progress: Progress, terms: Mapping[str, Tensor]) -> None:
+    """Raise DivergedError for a loss or gradient that would spoil the weights."""
+    if not math.isfinite(value.item()):
+        shown = ", ".join(f"{name} {term.item():.4g}" for name, term in terms.items())
+        raise DivergedError(
+            f"{what} is {value.item()} at step {progress.step + 1} (epoch {progress.epoch + 1}; "
+            f"{shown}); the step was not made: lower --optimizer.lr or use --train.precision fp32"
+        )

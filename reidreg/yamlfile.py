@@ -1,0 +1,117 @@
+"""Reading YAML that people wrote: safe, bounded, and strict about repeated keys."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reidreg.errors import ConfigError
+
+# A configuration has a few hundred nodes. The limits are far above, and far below what harms: a
+# few hundred bytes of nested aliases unfold to gigabytes, and the C parser of deeply nested text
+# overruns the stack.
+MAX_BYTES = 1 << 20
+MAX_NODES = 10_000
+MAX_DEPTH = 20
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2 floats (`1e-3`) and without repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands here twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
+        |[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?
+        |[-+]?\.(?:inf|Inf|INF)
+        |\.(?:nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Args:
+        path: The file; a byte order mark and CRLF line ends are fine.
+
+    Raises:
+        ConfigError: The file is missing, unreadable, not UTF-8 text, too large or too deep,
+            not YAML, repeats a key, or holds something other than a mapping.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, not a configuration file")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path} is larger than any configuration ({MAX_BYTES} bytes)")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    value = parse_yaml(text, str(path))
+    if value is None:
+        raise ConfigError(f"{path} is empty")
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a {type(value).__name__}, not keys and values")
+    return value
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML text.
+
+    Args:
+        text: The text.
+        source: Where it comes from, for messages.
+
+    Raises:
+        ConfigError: As for `read_yaml`.
+    """
+    try:
+        _check_size(text, source)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a safe loader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{source}{where}: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+
+
+def _check_size(text: str, source: str) -> None:
+    """Refuse hostile text by its events, before anything is built or recursed into."""
+    depth = nodes = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{source}: aliases (*{event.anchor}) are not supported")
+        if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            depth += 1
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            depth -= 1
+        nodes += 1
+        if depth > MAX_DEPTH or nodes > MAX_NODES:
+            raise ConfigError(f"{source}: nested or repeated beyond any configuration")
+
+
+class _Dumper(yaml.SafeDumper):
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: Any = None) -> Any:
+        return super().represent_sequence(tag, sequence, flow_style=True)
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML text of plain values: keys in their order, lists on one line."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100)

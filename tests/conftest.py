@@ -1,0 +1,83 @@
+"""Drawn data and small configurations that the tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before anything imports torch or wandb: small work runs fastest on one thread, also side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["WANDB_MODE"] = "disabled"
+
+from reidreg import synthesize
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def aihub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny drawn data set in the layout of AIHub KAIST, below a `data` folder."""
+    root = tmp_path_factory.mktemp("drawn") / "data"
+    synthesize(root / "aihub_kaist", identities=24, cameras=4, images_per_camera=2, seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def market_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny drawn data set in the layout of Market-1501."""
+    root = tmp_path_factory.mktemp("drawn_market") / "Market-1501-v15.09.15"
+    synthesize(
+        root, layout="market1501", identities=16, cameras=3, images_per_camera=2, seed=2
+    )
+    return root
+
+
+@pytest.fixture
+def tiny(aihub_root: Path, tmp_path: Path) -> dict[str, Any]:
+    """What makes `configs/aihub_kaist.yaml` a matter of seconds."""
+    return {
+        "dataset.root": str(aihub_root),
+        "input.size": [64, 32],
+        "input.padding": 3,
+        "sampler.batch_size": 8,
+        "sampler.instances": 2,
+        "backbone.name": "resnet18",
+        "backbone.pretrained": "none",
+        "schedule.warmup_epochs": 1,
+        "schedule.milestones": [2],
+        "train.epochs": 1,
+        "train.log_every": 2,
+        "train.workers": 0,
+        "train.precision": "fp32",
+        "wandb.mode": "disabled",
+        "output_dir": str(tmp_path / "run"),
+    }
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """Dotted keys and values as command-line flags."""
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+@pytest.fixture
+def reidreg(tmp_path: Path) -> Command:
+    """Runs the command line as a user does: in a process of its own, in an empty folder."""
+
+    def run(*arguments: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "reidreg", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run

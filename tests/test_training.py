@@ -1,0 +1,387 @@
+"""The loop: what it learns, what it leaves behind, and how exactly it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import as_flags
+
+from reidreg import Config, fit, load_checkpoint, load_config
+from reidreg.checkpoint import save_checkpoint
+from reidreg.errors import CheckpointError, ConfigError, DataError, DivergedError
+
+Values = dict[str, Any]
+
+
+def configure(tiny: Values, **changes: Any) -> Config:
+    return load_config("aihub_kaist", tiny, {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def lines_of(folder: Path) -> list[dict[str, float]]:
+    text = (folder / "metrics.jsonl").read_text()
+    timeless = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in line.items() if "per_second" not in k} for line in timeless]
+
+
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """A tree as its leaves by path, for a comparison that names what differs."""
+    if isinstance(tree, dict):
+        return {k: v for key in tree for k, v in flat(tree[key], f"{path}/{key}").items()}
+    if isinstance(tree, (list, tuple)):
+        return {k: v for i, x in enumerate(tree) for k, v in flat(x, f"{path}/{i}").items()}
+    return {path: tree}
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """The leaves in which two checkpoints are not the same bits."""
+    trees = []
+    for path in (one, other):
+        checkpoint = load_checkpoint(path)
+        config = {**checkpoint.config, "output_dir": "", "train": {}}
+        trees.append(flat({**vars(checkpoint), "config": config, "labels": None}))
+    assert trees[0].keys() == trees[1].keys()
+    return [
+        key
+        for key, value in trees[0].items()
+        if not (
+            torch.equal(value, trees[1][key])
+            if isinstance(value, torch.Tensor)
+            else value == trees[1][key]
+        )
+    ]
+
+
+def test_a_run_leaves_the_files_that_are_promised(tiny: Values) -> None:
+    config = configure(tiny, train__epochs=2, train__checkpoint_every=1)
+    figures = fit(config)
+    folder = Path(config.output_dir)
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.yaml",
+        "train.log",
+        "metrics.jsonl",
+        "metrics.json",
+        "checkpoints",
+    }
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", "best.ckpt", "epoch_0001.ckpt", "epoch_0002.ckpt"}
+    stored = json.loads((folder / "metrics.json").read_text())
+    assert stored == figures
+    assert {"mAP", "mINP", "rank1", "rank5", "rank10", "cmc"} <= stored.keys()
+    assert {"num_queries", "num_valid_queries", "num_gallery"} <= stored.keys()
+    assert load_config(folder / "config.yaml").as_dict() == config.as_dict()
+
+
+def test_metrics_jsonl_has_the_promised_keys_and_steps_that_never_fall(tiny: Values) -> None:
+    config = configure(tiny, train__epochs=2, train__eval_every=1)
+    fit(config)
+    lines = lines_of(Path(config.output_dir))
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(steps)
+    training = [line for line in lines if "train/loss" in line]
+    keys = {"step", "epoch", "train/loss", "train/id", "train/triplet", "train/accuracy", "train/lr"}
+    assert all(line.keys() == keys for line in training)
+    validation = [line for line in lines if "val/mAP" in line]
+    assert [line["epoch"] for line in validation] == [1, 2]
+    assert validation[0].keys() >= {"val/mAP", "val/mINP", "val/rank1", "val/rank5", "val/rank10"}
+
+
+def test_total_loss_is_the_weighted_sum_of_the_terms(tiny: Values) -> None:
+    config = configure(tiny, losses__triplet__weight=0.25)
+    fit(config)
+    for line in lines_of(Path(config.output_dir)):
+        if "train/loss" in line:
+            expected = line["train/id"] + 0.25 * line["train/triplet"]
+            assert line["train/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_first_loss_is_that_of_guessing(tiny: Values) -> None:
+    # With a classifier near zero, -sum q log p is ln C whatever the smoothing.
+    config = configure(tiny, losses__triplet__weight=0.0, train__log_every=1)
+    fit(config)
+    first = lines_of(Path(config.output_dir))[0]
+    classes = len(load_checkpoint(Path(config.output_dir) / "checkpoints/last.ckpt").labels.pids)
+    assert first["train/loss"] == pytest.approx(torch.tensor(float(classes)).log().item(), abs=0.05)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_after_an_epoch_is_the_same_run_bit_for_bit(
+    tiny: Values, tmp_path: Path, workers: int
+) -> None:
+    common = {
+        "train__workers": workers,
+        "losses__center__name": "center",
+        "losses__center__weight": 0.0005,
+        "train__eval_every": 1,
+    }
+    whole = configure(tiny, **common, train__epochs=4, output_dir=str(tmp_path / "whole"))
+    fit(whole)
+    half = {**common, "output_dir": str(tmp_path / "halves")}
+    fit(configure(tiny, **half, train__epochs=2))
+    fit(configure(tiny, **half, train__epochs=4), resume="auto")
+    assert not differing(
+        tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "halves/checkpoints/last.ckpt"
+    )
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "halves")
+
+
+def interrupted(values: Values, number: signal.Signals, after: str) -> subprocess.Popen[str]:
+    """Start a run, and send it a signal once its log shows a word."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reidreg", "fit", "--config", "aihub_kaist", *as_flags(values)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if after in line:
+            process.send_signal(number)
+            break
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_signal_saves_in_the_middle_of_an_epoch_and_the_run_goes_on_to_the_same_numbers(
+    tiny: Values, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    values = {
+        **tiny,
+        "dataset.train_folder": "[bounding_box_train_1, bounding_box_train_2]",
+        "sampler.batch_size": 4,
+        "train.epochs": 3,
+        "train.log_every": 2,
+        "train.workers": 2,
+    }
+    fit(load_config("aihub_kaist", flags=as_flags({**values, "output_dir": tmp_path / "whole"})))
+    values["output_dir"] = str(tmp_path / "stopped")
+    process = interrupted(values, number, "epoch 2/3 step 4/")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert len(errors.strip().splitlines()) == 1 and "--resume auto" in errors
+    stopped = load_checkpoint(tmp_path / "stopped/checkpoints/last.ckpt")
+    assert stopped.epoch == 1 and stopped.training is not None
+    assert stopped.training["progress"]["batch"] >= 4
+    fit(load_config("aihub_kaist", flags=as_flags(values)), resume="auto")
+    assert not differing(
+        tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "stopped/checkpoints/last.ckpt"
+    )
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "stopped")
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tiny: Values, tmp_path: Path) -> None:
+    values = {**tiny, "train.epochs": 3, "train.workers": 2}
+    fit(load_config("aihub_kaist", flags=as_flags({**values, "output_dir": tmp_path / "whole"})))
+    values["output_dir"] = str(tmp_path / "killed")
+    process = interrupted(values, signal.SIGKILL, "epoch 2/3 step 2/")
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    fit(load_config("aihub_kaist", flags=as_flags(values)), resume="auto")
+    assert not differing(
+        tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "killed/checkpoints/last.ckpt"
+    )
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "killed")
+    assert not list((tmp_path / "killed/checkpoints").glob(".*"))
+
+
+def test_resume_auto_without_a_checkpoint_starts_anew(tiny: Values) -> None:
+    assert fit(configure(tiny), resume="auto")["num_queries"] > 0
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny: Values) -> None:
+    config = configure(tiny)
+    figures = fit(config)
+    last = Path(config.output_dir) / "checkpoints/last.ckpt"
+    before = last.read_bytes()
+    assert fit(config, resume="auto") == figures
+    assert last.read_bytes() == before
+
+
+def test_a_changed_learning_rate_holds_after_a_resume_and_is_logged(tiny: Values) -> None:
+    config = configure(tiny)
+    fit(config)
+    changed = configure(tiny, train__epochs=2, optimizer__lr=1e-4)
+    fit(changed, resume="auto")
+    folder = Path(config.output_dir)
+    assert "optimizer.lr: 0.00035 -> 0.0001" in (folder / "train.log").read_text()
+    assert lines_of(folder)[-2]["train/lr"] == pytest.approx(1e-4 * 0.1)
+
+
+def test_resuming_on_other_identities_is_refused(tiny: Values) -> None:
+    fit(configure(tiny))
+    other = configure(tiny, dataset__train_folder="bounding_box_train_2", train__epochs=2)
+    with pytest.raises(CheckpointError, match="--init_from"):
+        fit(other, resume="auto")
+
+
+def test_resuming_with_another_optimizer_is_refused(tiny: Values) -> None:
+    fit(configure(tiny))
+    with pytest.raises(CheckpointError, match="another optimizer"):
+        fit(configure(tiny, train__epochs=2, optimizer__name="sgd"), resume="auto")
+
+
+def test_resuming_from_weights_alone_is_refused(tiny: Values) -> None:
+    config = configure(tiny)
+    fit(config)
+    best = Path(config.output_dir) / "checkpoints/best.ckpt"
+    with pytest.raises(CheckpointError, match=r"last\.ckpt"):
+        fit(config, resume=str(best))
+
+
+def test_a_second_run_sets_the_first_ones_files_aside(tiny: Values) -> None:
+    config = configure(tiny)
+    fit(config)
+    folder = Path(config.output_dir)
+    first = (folder / "checkpoints/last.ckpt").read_bytes()
+    log = (folder / "train.log").read_text()
+    fit(configure(tiny, train__seed=5))
+    assert (folder / "earlier-1/checkpoints/last.ckpt").read_bytes() == first
+    assert (folder / "earlier-1/metrics.jsonl").exists()
+    assert (folder / "train.log").read_text().startswith(log)
+
+
+def test_a_folder_in_use_is_refused(tiny: Values, tmp_path: Path) -> None:
+    values = {**tiny, "train.epochs": 50}
+    process = interrupted(values, signal.SIGCONT, "epoch 1/50")
+    try:
+        with pytest.raises(ConfigError, match=f"in use by process {process.pid}"):
+            fit(configure(tiny))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_init_from_takes_the_weights_but_not_a_classifier_of_others(
+    tiny: Values, tmp_path: Path
+) -> None:
+    config = configure(tiny)
+    fit(config)
+    best = Path(config.output_dir) / "checkpoints/best.ckpt"
+    # A learning rate this small leaves the weights as they were loaded.
+    changes = {"init_from": str(best), "optimizer__lr": 1e-12, "optimizer__weight_decay": 0.0}
+    other = configure(
+        tiny,
+        **changes,
+        dataset__train_folder="bounding_box_train_2",
+        output_dir=str(tmp_path / "tuned"),
+    )
+    fit(other)
+    old = load_checkpoint(best).model
+    new = load_checkpoint(tmp_path / "tuned/checkpoints/last.ckpt").model
+    key = "backbone.net.layer4.1.conv2.weight"
+    assert torch.allclose(old[key], new[key], atol=1e-6)
+    assert not torch.allclose(old["head.classifier.weight"], new["head.classifier.weight"])
+    assert "starting anew: head.classifier.weight" in (tmp_path / "tuned/train.log").read_text()
+
+
+def test_init_from_another_architecture_is_refused(tiny: Values, tmp_path: Path) -> None:
+    config = configure(tiny)
+    fit(config)
+    best = str(Path(config.output_dir) / "checkpoints/best.ckpt")
+    other = configure(
+        tiny, init_from=best, backbone__name="resnet34", output_dir=str(tmp_path / "other")
+    )
+    with pytest.raises(CheckpointError, match="does not fit"):
+        fit(other)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tiny: Values, tmp_path: Path) -> None:
+    config = configure(tiny)
+    fit(config)
+    last = Path(config.output_dir) / "checkpoints/last.ckpt"
+    checkpoint = load_checkpoint(last)
+    checkpoint.model["backbone.net.conv1.weight"][0, 0, 0, 0] = float("nan")
+    poisoned = tmp_path / "poisoned.ckpt"
+    save_checkpoint(checkpoint, poisoned)
+    before = last.read_bytes()
+    with pytest.raises(DivergedError, match=r"step \d+ .*the step was not made"):
+        fit(configure(tiny, train__epochs=2), resume=str(poisoned))
+    assert last.read_bytes() == before
+
+
+def test_an_untrained_evaluation_comes_first_when_asked_for(tiny: Values) -> None:
+    config = configure(tiny, train__eval_untrained=True)
+    fit(config)
+    first = lines_of(Path(config.output_dir))[0]
+    assert first["step"] == 0 and "val/mAP" in first
+
+
+def test_a_damaged_image_stops_the_run_with_its_name(tiny: Values, tmp_path: Path) -> None:
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(tiny["dataset.root"], root)
+    victim = next((root / "aihub_kaist/bounding_box_train_1").glob("*.jpg"))
+    victim.write_bytes(victim.read_bytes()[:200])
+    config = configure(tiny, dataset__root=str(root), train__workers=2)
+    with pytest.raises(DataError, match=victim.name) as caught:
+        fit(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused_before_training(
+    tiny: Values, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="output_dir"):
+        fit(configure(tiny, output_dir=str(tmp_path / "file/run")))
+
+
+def test_a_query_without_any_match_stops_before_training(tiny: Values, tmp_path: Path) -> None:
+    config = configure(tiny, dataset__gallery_folder="bounding_box_train_1")
+    with pytest.raises(DataError, match="no query has a match"):
+        fit(config)
+    assert not list((Path(config.output_dir) / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_training_helps_clearly_on_drawn_data(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    config = load_config(
+        "quickstart", {"dataset.root": str(root), "output_dir": str(tmp_path / "run")}
+    )
+    start = time.perf_counter()
+    figures = fit(config)
+    untrained = lines_of(tmp_path / "run")[0]["val/mAP"]
+    assert figures["mAP"] > 2 * untrained
+    assert time.perf_counter() - start < 600
+
+
+@pytest.mark.gpu
+def test_a_gpu_run_learns_and_resumes(tiny: Values) -> None:
+    for precision in ("bf16", "fp16", "fp32"):
+        config = configure(
+            tiny,
+            train__device="cuda",
+            train__precision=precision,
+            train__workers=2,
+            output_dir=f"{tiny['output_dir']}-{precision}",
+            losses__center__name="center",
+            losses__center__weight=0.0005,
+        )
+        fit(config)
+        longer = load_config(config.as_dict(), {"train.epochs": 2})
+        assert fit(longer, resume="auto")["num_valid_queries"] > 0
+        last = lines_of(Path(config.output_dir))[-2]
+        assert last["train/peak_memory_gib"] > 0
+
+
+def test_no_process_is_left_behind_by_a_signal(tiny: Values) -> None:
+    values = {**tiny, "train.epochs": 50, "train.workers": 2}
+    process = interrupted(values, signal.SIGTERM, "epoch 1/50 step 2/")
+    process.communicate(timeout=60)
+    listed = subprocess.run(
+        ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
+    ).stdout
+    assert str(values["output_dir"]) not in listed
+    assert os.getpid() > 0
