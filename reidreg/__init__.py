@@ -37,6 +37,7 @@ _HOMES = {
     "Sample": "values",
     "Sampler": "interfaces",
     "check_matchable": "ranking",
+    "clipping_note": "reranking",
     "evaluate": "evaluation",
     "extract": "evaluation",
     "fit": "training",
@@ -77,6 +78,7 @@ __all__ = [
     "Sample",
     "Sampler",
     "check_matchable",
+    "clipping_note",
     "evaluate",
     "extract",
     "fit",
@@ -123,7 +125,7 @@ if TYPE_CHECKING:
         ranked_lists,
     )
     from reidreg.registry import Registry
-    from reidreg.reranking import rerank_rows
+    from reidreg.reranking import clipping_note, rerank_rows
     from reidreg.synthesis import synthesize
     from reidreg.training import fit
     from reidreg.values import Batch, Embeddings, Output, Sample

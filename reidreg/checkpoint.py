@@ -11,9 +11,11 @@ or a resume after a kill, always finds a whole checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,8 +95,9 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         os.replace(partial, path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise CheckpointError(f"cannot write {path}: {_reason(error)}") from error
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -104,9 +107,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: The file is missing, damaged, not a checkpoint of reidreg, or of a newer
             format.
     """
-    path = Path(path).expanduser()
-    header, tensors = _read(path)
-    content = _put_back(json.loads(header["content"]), tensors)
+    path = Path(os.path.expanduser(path))
+    text, tensors = _read(path)
+    content = _put_back(json.loads(text), tensors)
     labels = content.pop("labels")
     return Checkpoint(
         labels=Labels(tuple(labels["pids"]), tuple(labels["camids"])),
@@ -120,10 +123,9 @@ def remove_partial_files(folder: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The header and tensors of a file, checked."""
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}{_neighbours(path)}")
+def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """The text and the tensors of a file, checked."""
+    size = _size(path)
     try:
         with safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata() or {}
@@ -138,25 +140,42 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
                     "upgrade reidreg"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        size = path.stat().st_size
+            content, digest = header["content"], header["sha256"]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path} is damaged or no checkpoint of reidreg ({size} bytes; {error})"
+            f"{path} is damaged or no checkpoint of reidreg ({size:,} bytes; {_reason(error)})"
         ) from error
-    if _digest(header["content"], tensors) != header["sha256"]:
+    if _digest(content, tensors) != digest:
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
-    return header, tensors
+    return content, tensors
 
 
-def _neighbours(path: Path) -> str:
-    found = sorted(path.parent.glob("*.ckpt")) or sorted(path.parent.glob("*/*.ckpt"))
-    return f"; there is {', '.join(str(other) for other in found[:3])}" if found else ""
+def _size(path: Path) -> int:
+    """The size of a file that has to be there."""
+    try:
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode):
+            return status.st_size
+        reason, folder = "not a file", path
+    except OSError as error:
+        reason, folder = _reason(error), path.parent
+    found = sorted(folder.glob("*.ckpt")) or sorted(folder.glob("*/*.ckpt"))
+    names = ", ".join(str(other.relative_to(folder)) for other in found[:3])
+    hint = f"; there is {names} in {folder}" if found else ""
+    raise CheckpointError(f"no checkpoint at {path} ({reason}){hint}")
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without the path that the line has already."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:100]
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
+        # The shape too: one without elements has no bytes that would tell.
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         # As bytes, whatever the type: numpy has no bfloat16.
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -165,6 +184,8 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 def _take_out(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """A tree with its tensors replaced by their names, which end up in `tensors`."""
     if isinstance(tree, Tensor):
+        while path in tensors:
+            path += "'"  # {"a/b": x} and {"a": {"b": x}} are two places
         # Contiguous and its own: safetensors refuses views of shared memory.
         tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: path}

@@ -324,9 +324,10 @@ def plugins_command(arguments: list[str]) -> int:
     from reidreg.interfaces import REGISTRIES
     from reidreg.plugins import broken_plugins
 
-    kind = own.kind.removesuffix("s").replace("losse", "loss") if own.kind else None
+    plurals = {f"{kind}es" if kind.endswith("s") else f"{kind}s": kind for kind in REGISTRIES}
+    kind = plurals.get(own.kind, own.kind)
     if kind is not None and kind not in REGISTRIES:
-        raise ConfigError(f"no kind {own.kind!r}{did_you_mean(kind, REGISTRIES)}")
+        raise ConfigError(f"no kind {own.kind!r}{did_you_mean(own.kind, REGISTRIES)}")
     parts = [
         {
             "kind": registry.kind,

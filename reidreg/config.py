@@ -7,15 +7,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Gt, Interval
 
-Positive = Annotated[int, Ge(1)]
-Natural = Annotated[int, Ge(0)]
+# The upper ends are far above anything of use: they tell a slip of the keyboard from a wish.
+Positive = Annotated[int, Interval(ge=1, le=1_000_000)]
+Pixels = Annotated[int, Interval(ge=1, le=4096)]
 Probability = Annotated[float, Interval(ge=0, le=1)]
-Weight = Annotated[float, Ge(0)]
+Weight = Annotated[float, Interval(ge=0, le=1_000_000)]
+_DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,9 @@ class InputConfig:
         std: Standard deviation of the channels; null takes what the backbone expects.
     """
 
-    size: tuple[Positive, Positive] = (256, 128)
+    size: tuple[Pixels, Pixels] = (256, 128)
     flip_prob: Probability = 0.5
-    padding: Natural = 10
+    padding: Annotated[int, Interval(ge=0, le=1024)] = 10
     erasing_prob: Probability = 0.5
     mean: tuple[float, float, float] | None = None
     std: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)], Annotated[float, Gt(0)]] | None = (
@@ -88,7 +91,7 @@ class OptimizerConfig:
     name: str = "adam"
     lr: Annotated[float, Interval(gt=0, le=1)] = 3.5e-4
     weight_decay: Weight = 5e-4
-    bias_lr_factor: Annotated[float, Gt(0)] = 1.0
+    bias_lr_factor: Annotated[float, Interval(gt=0, le=1000)] = 1.0
     bias_weight_decay: Weight | None = None
     momentum: Annotated[float, Interval(ge=0, lt=1)] | None = None
     betas: (
@@ -118,11 +121,18 @@ class TrainConfig:
     eval_untrained: bool = False
     checkpoint_every: Positive = 40
     log_every: Positive = 20
-    workers: Natural | Literal["auto"] = "auto"
+    workers: Annotated[int, Interval(ge=0, le=1024)] | Literal["auto"] = "auto"
     eval_batch_size: Positive = 128
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     device: str = "auto"
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+
+    @staticmethod
+    def check(options: dict[str, Any]) -> None:
+        """Raise ValueError for text that is no device; whether it is here shows later."""
+        device = options["device"]
+        if not _DEVICE.fullmatch(device):
+            raise ValueError(f"device: {device[:60]!r} is not auto, cpu, cuda, cuda:N or mps")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,19 +91,26 @@ def read_image(path: str) -> Image.Image:
             than 50 million pixels.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path}: {image.width} x {image.height} pixels are no crop")
-            if image.mode.startswith("I;16"):
-                # convert() would clip 16 bits to white.
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            # Pillow warns of what we refuse, and of palettes that it converts all the same.
+            warnings.simplefilter("ignore")
+            return _decode(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: the image is gone") from error
     # Pillow raises these for damaged files, SyntaxError for some broken PNGs among them.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0].replace(f" '{path}'", "")
         raise DataError(f"{path}: cannot be decoded ({reason})") from error
+
+
+def _decode(path: str) -> Image.Image:
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(f"{path}: {image.width} x {image.height} pixels are no crop")
+        if image.mode.startswith("I;16"):
+            # convert() would clip 16 bits to white.
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -195,9 +204,8 @@ class TrainLoader:
         """
         self._plan.sampler.set_epoch(epoch)
         self._plan.start = start
-        for images, indices in zip(self._loader, self._plan.batches(), strict=True):
-            if isinstance(images, _Failure):
-                raise images.error
+        batches = zip(_passed_on(self._loader), self._plan.batches(), strict=True)
+        for images, indices in batches:
             yield Batch(images, self._pids[indices], self._camids[indices])
 
 
@@ -214,10 +222,7 @@ def eval_loader(
     plan = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     # Starting processes costs more than a few batches.
     workers = min(workers, len(plan)) if len(plan) > 2 else 0
-    for images in _loader(_Images(paths, transform), plan, workers, pin, persistent=False):
-        if isinstance(images, _Failure):
-            raise images.error
-        yield images
+    yield from _passed_on(_loader(_Images(paths, transform), plan, workers, pin, persistent=False))
 
 
 def _loader(
@@ -241,15 +246,35 @@ def _loader(
     )
 
 
+def _passed_on(loader: DataLoader[Any]) -> Iterator[Tensor]:
+    """The loader's batches, with errors of the loading processes as ours."""
+    try:
+        for images in loader:
+            if isinstance(images, _Failure):
+                raise images.error
+            yield images
+    except RuntimeError as error:
+        # What torch raises for a dead or silent worker, with the process's number.
+        if "DataLoader" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"a loading process is gone ({reason}); if memory ran out, lower --train.workers"
+        ) from error
+
+
 def _unchanged(value: Any) -> Any:
     return value
 
 
 def _start_worker(worker: int) -> None:
-    import signal
-
-    # Ctrl-C goes to the whole process group; the run finishes its step and needs its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What the process above has thrown away is not this one's to clean up: shutting down once more
+    # a loader that an error left behind can hang here.
+    gc.freeze()
+    if hasattr(os, "setpgrp"):
+        # Ctrl-C goes to the whole process group, and so does what `timeout` sends; the run
+        # finishes its step and needs its workers for that.
+        os.setpgrp()
     torch.set_num_threads(1)
 
 

@@ -73,8 +73,11 @@ class InterruptedRun(Exception):
         return 128 + self.signum
 
 
+_SHOWN = 20  # as many names as a reader looks through
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint that ends an error's line: the nearest known word, or all of them.
+    """A hint that ends an error's line: the nearest known word, or those that there are.
 
     Args:
         word: What the user wrote.
@@ -87,4 +90,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(names)}" if names else ""
+    shown = names if len(names) <= _SHOWN else [*names[:_SHOWN], "..."]
+    return f"; known: {', '.join(shown)}" if names else ""

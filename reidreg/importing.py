@@ -8,6 +8,7 @@ same thing.
 from __future__ import annotations
 
 import ast
+import difflib
 import math
 import re
 import reprlib
@@ -21,7 +22,7 @@ from reidreg.config import RunConfig, advice
 from reidreg.errors import ConfigError, did_you_mean
 from reidreg.interfaces import BACKBONES, DATASETS, IMAGENET_MEAN, IMAGENET_STD
 from reidreg.optimizers import optimizer_class
-from reidreg.parsing import load_config, nearest_key
+from reidreg.parsing import load_config
 from reidreg.registry import options_of
 from reidreg.yamlfile import dump_yaml, read_yaml
 
@@ -320,14 +321,24 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _checked(key: str, value: Any) -> Any:
     if key not in KEYS:
-        section = key.partition(".")[0]
-        siblings = [known for known in KEYS if known.startswith(f"{section}.")]
-        hint = nearest_key(key.upper(), KEYS) or did_you_mean(key, siblings or _OLD_SECTIONS)
-        raise ConfigError(f"{key}: reid-strong-baseline has no such key{hint}")
+        raise ConfigError(f"{key}: reid-strong-baseline has no such key{_nearest(key)}")
     try:
         return KEYS[key].read(value)
     except ValueError as error:
         raise ConfigError(f"{key}: expected {error}, got {_brief(value)}") from error
+
+
+def _nearest(key: str) -> str:
+    """A hint with the key that was probably meant: one of its own section, or of another."""
+    section, _, name = key.upper().rpartition(".")
+    everywhere = {known.rpartition(".")[2]: known for known in KEYS}
+    own = {known.rpartition(".")[2]: known for known in KEYS if known.startswith(f"{section}.")}
+    own = own or {name: name for name in (*_OLD_SECTIONS, "OUTPUT_DIR")}
+    for names in (own, everywhere):
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+        if near:
+            return f"; did you mean {names[near[0]]!r}?"
+    return did_you_mean(name, own)
 
 
 def _brief(value: Any) -> str:
@@ -554,7 +565,7 @@ def _optimizer(old: _Old) -> Section:
 
 
 def _schedule(old: _Old) -> Section:
-    # WARMUP_ITERS is compared with the epoch there, whatever its name says.
+    # WARMUP_ITERS counts epochs, whatever its name says.
     return {
         "name": "multistep",
         "milestones": old["SOLVER.STEPS"],
@@ -569,7 +580,7 @@ def _evaluator(old: _Old) -> Section:
     rerank = old["TEST.RE_RANKING"] == "yes"
     if rerank:
         old.notes.append(
-            "evaluator.rerank is true: the evaluations of training re-rank too, not only those of a "
+            "evaluator.rerank is true: training's evaluations re-rank too, not only those of a "
             "checkpoint"
         )
     if old["TEST.WEIGHT"]:

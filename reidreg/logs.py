@@ -32,6 +32,7 @@ from rich.progress import (
 )
 
 from reidreg.config import Config, WandbConfig
+from reidreg.errors import DivergedError, InterruptedRun, ReidregError
 
 logger = logging.getLogger("reidreg")
 
@@ -56,7 +57,10 @@ def log_to_console() -> None:
 
 @contextlib.contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Append the log's lines to a file, with the time of each, for the length of a run."""
+    """Append the log's lines to a file, with the time of each, for the length of a run.
+
+    An error that ends the run is written too, with its traceback unless the user can mend it.
+    """
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
@@ -65,10 +69,20 @@ def log_to_file(path: Path) -> Iterator[None]:
         logger.setLevel(logging.INFO)
     try:
         yield
+    except (ReidregError, DivergedError, InterruptedRun) as error:
+        handler.handle(_record(str(error)))
+        raise
+    except BaseException as error:
+        handler.handle(_record(repr(error), (type(error), error, error.__traceback__)))
+        raise
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
         handler.close()
+
+
+def _record(text: str, exception: Any = None) -> logging.LogRecord:
+    return logging.LogRecord(logger.name, logging.ERROR, __file__, 0, text, None, exception)
 
 
 class ProgressBar:
@@ -223,6 +237,7 @@ def _init_wandb(settings: WandbConfig, mode: str, config: Config, folder: Path) 
                 disable_git=True,
                 disable_code=True,
                 save_code=False,
+                x_save_requirements=False,
                 init_timeout=15,
             ),
         )

@@ -16,8 +16,10 @@ from reidreg.config import Config, OptimizerConfig
 from reidreg.errors import ConfigError, did_you_mean
 from reidreg.schedules import SCHEDULES, Schedule
 
-# They need what the loop does not give: a closure, sparse gradients, or matrices alone.
-_UNSUITED = {"lbfgs", "sparseadam", "muon", "optimizer"}
+# They need what the loop does not give: a closure, sparse or second gradients, matrices alone.
+_UNSUITED = {"lbfgs", "sparseadam", "adahessian", "muon", "optimizer"}
+# These of timm's are other libraries', which it does not bring along.
+_FOREIGN = ("bnb", "fused")
 
 
 @functools.lru_cache(maxsize=1)
@@ -41,7 +43,11 @@ def optimizer_class(name: str) -> type[Optimizer]:
     if name in known:
         return known[name]
     timm: Any = importlib.import_module("timm.optim")
-    others = [other for other in timm.list_optimizers() if other not in _UNSUITED]
+    others = [
+        other
+        for other in timm.list_optimizers()
+        if other not in _UNSUITED and not other.startswith(_FOREIGN)
+    ]
     if name in others:
         cls: type[Optimizer] = timm.get_optimizer_class(name, bind_defaults=False)
         return cls
@@ -56,6 +62,8 @@ def check_optimizer(config: OptimizerConfig) -> None:
     for option in ("momentum", "betas"):
         if getattr(config, option) is not None and option not in accepted:
             raise ConfigError(f"optimizer.{option}: {config.name} has no {option}; leave it out")
+    if "weight_decay" not in accepted and (config.weight_decay or config.bias_weight_decay):
+        raise ConfigError(f"optimizer.weight_decay: {config.name} has no weight decay; set it to 0")
 
 
 def make_optimizer(
@@ -69,7 +77,9 @@ def make_optimizer(
     """
     cls = optimizer_class(config.name)
     accepted = inspect.signature(cls).parameters
-    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {"lr": config.lr}
+    if "weight_decay" in accepted:
+        options["weight_decay"] = config.weight_decay
     momentum = 0.9 if config.momentum is None and config.name == "sgd" else config.momentum
     if momentum is not None:
         options["momentum"] = momentum

@@ -9,15 +9,17 @@ and errors of one line. A configuration holds registered names alone; nothing in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib.resources
+import os
 import re
-import types
+import stat
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -32,7 +34,15 @@ from reidreg.config import (
     config_from_dict,
 )
 from reidreg.errors import ConfigError, did_you_mean
-from reidreg.registry import RUN_TIME_FACTS, Option, check_limits, check_options, fits, options_of
+from reidreg.registry import (
+    RUN_TIME_FACTS,
+    Option,
+    check_limits,
+    check_options,
+    describe_type,
+    options_of,
+    shown,
+)
 from reidreg.schedules import SCHEDULES
 from reidreg.yamlfile import read_yaml
 
@@ -40,6 +50,7 @@ Layer = str | Path | Mapping[str, Any]
 
 DEFAULT_SCHEDULE = "multistep"
 _TERM = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+_INHERITED = object()  # a key that no file can hold
 
 
 def load_config(*layers: Layer, flags: Sequence[str] = ()) -> Config:
@@ -122,7 +133,8 @@ def _groups(names: Mapping[str, str]) -> list[Group]:
 def _part_group(key: str, name: str) -> Group:
     registry = _registry(key)
     if key == "schedule" and name not in registry:
-        raise ConfigError(f"schedule.name: no schedule {name!r}{did_you_mean(name, registry)}")
+        hint = did_you_mean(name, registry)
+        raise ConfigError(f"schedule.name: no schedule {shown(name)!r}{hint}")
     try:
         part = registry[name]
     except ConfigError as error:
@@ -139,16 +151,22 @@ def find_config(name: str | Path) -> Path:
     Raises:
         ConfigError: There is neither; the line names those that ship.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    shipped = shipped_configs()
+    path, shipped = Path(os.path.expanduser(name)), shipped_configs()
     # `configs/aihub_kaist.yaml` is what the documentation says from within a clone; without one
-    # the same file comes from the package.
+    # the same file comes from the package. A folder of that name is likely the data.
     bare = str(name).removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
+    with contextlib.suppress(OSError):
+        if not stat.S_ISDIR(path.stat().st_mode) or bare not in shipped:
+            return path
     if bare in shipped:
         return shipped[bare]
-    raise ConfigError(f"--config {name}: no such file{did_you_mean(bare, shipped)}")
+    by_last_word = {full.rpartition("/")[2]: full for full in shipped}
+    near = difflib.get_close_matches(bare, [*shipped, *by_last_word], n=1)
+    if near:
+        hint = f"; did you mean {by_last_word.get(near[0], near[0])!r}?"
+    else:
+        hint = f"; these ship: {', '.join(name for name in shipped if '/' not in name)}, overlays/*"
+    raise ConfigError(f"--config {shown(name)}: no such file{hint}")
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -170,6 +188,8 @@ def _read_layer(layer: Layer) -> dict[str, Any]:
         target = nested
         for section in sections:
             target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"{shown(key)}: {section} stands here twice, once as a value")
         if isinstance(value, Mapping) and isinstance(target.get(last), dict):
             target[last] = _merged(target[last], value)
         else:
@@ -177,11 +197,11 @@ def _read_layer(layer: Layer) -> dict[str, Any]:
     return nested
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(below: Mapping[Any, Any], above: Mapping[Any, Any]) -> dict[Any, Any]:
     """Two layers in one.
 
     Where the upper one chooses another part, the options of the part below are kept under
-    `_inherited`: those that the new part has too still hold, the others go without a word.
+    `_INHERITED`: those that the new part has too still hold, the others go without a word.
     """
     result = dict(below)
     for key, value in above.items():
@@ -190,10 +210,10 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         else:
             result[key] = value
     if "name" in above and below.get("name", above["name"]) != above["name"]:
-        inherited = {k: v for k, v in below.items() if k not in above and k != "_inherited"}
+        inherited = {k: v for k, v in below.items() if k not in above and k is not _INHERITED}
         for key in inherited:
             del result[key]
-        result["_inherited"] = {**below.get("_inherited", {}), **inherited}
+        result[_INHERITED] = {**below.get(_INHERITED, {}), **inherited}
     return result
 
 
@@ -225,18 +245,18 @@ def _names_in(values: Mapping[str, Any]) -> dict[str, str]:
     sections = {key: values[key] for key in (*PART_SECTIONS, "schedule") if key in values}
     losses = values.get("losses") or {}
     if not isinstance(losses, Mapping):
-        raise ConfigError("losses: expected terms, each with a name and options")
+        raise ConfigError(f"losses: expected terms with names and options, got {shown(losses)}")
     for term, loss in losses.items():
         if not _TERM.fullmatch(str(term)):
-            raise ConfigError(f"losses.{term}: a term is named by letters, digits and '_'")
+            raise ConfigError(f"losses.{shown(term)}: a term is named by letters, digits and '_'")
         sections[f"losses.{term}"] = loss
     names = {}
     for key, section in sections.items():
         if not isinstance(section, Mapping):
-            raise ConfigError(f"{key}: expected a name and options, got {section!r}")
+            raise ConfigError(f"{key}: expected a name and options, got {shown(section)}")
         if "name" in section:
             if not isinstance(section["name"], str):
-                raise ConfigError(f"{key}.name: expected a name, got {section['name']!r}")
+                raise ConfigError(f"{key}.name: expected a name, got {shown(section['name'])}")
             names[key] = section["name"]
     return names
 
@@ -289,14 +309,14 @@ def resolve(
         values = _merged(values, layer)
     names = {"schedule": DEFAULT_SCHEDULE, **_names_in(values)}
     groups = [group for group in _groups(names) if group.key.split(".")[0] in (*sections, "")]
-    parser = build_parser(groups, prog, commands, description)
     if any(flag in ("-h", "--help") for flag in flags):
-        parser.print_help()
+        build_parser(groups, prog, commands, description).print_help()
         raise SystemExit(0)
     _check_flags(flags, groups, commands)
     _check_complete(names, sections)
     values = _without_foreign(values, groups)
     _check_keys(values, groups)
+    parser = build_parser(groups, prog, commands, description)
     resolved = _run_parser(parser, values, flags, groups)
     extra = {name: resolved.pop(name) for name in commands}
     _check_values(resolved, groups)
@@ -312,6 +332,8 @@ def build_parser(
         usage=f"{prog} [--config FILE ...] [OPTIONS]",
         exit_on_error=False,
         allow_abbrev=False,
+        # Its own --print_config would claim the name of ours.
+        print_config=None,
         description=description,
         formatter_class=_HelpFormatter,
     )
@@ -325,12 +347,13 @@ def build_parser(
         parser.add_argument(f"--{name}", **keywords)
     for group in groups:
         _add_group(parser, group)
+    known = _known_keys(groups)
     for action in parser._actions:
         # jsonargparse offers a file for each section; `--config` layers files, so one way is
         # enough, and the help stays short.
         if type(action).__name__ == "_ActionConfigLoad":
             action.help = argparse.SUPPRESS
-        elif action.dest in _known_keys(groups) and action.choices is None:
+        elif action.dest in known and action.choices is None:
             action.metavar = "VALUE"
     return parser
 
@@ -376,8 +399,10 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
         # A right last word in the wrong section counts nearly as much as a typo in place.
         return max(whole, 0.6 * leaf + 0.4 * whole, 0.9 * leaf if "." not in key else 0.0)
 
-    best = max(known, key=likeness, default=None)
-    return f"; did you mean {best!r}?" if best is not None and likeness(best) >= 0.6 else ""
+    # Not the section that the key is in already.
+    others = (candidate for candidate in known if not key.startswith(f"{candidate}."))
+    best = max(others, key=likeness, default=None)
+    return f"; did you mean {shown(best)!r}?" if best and likeness(best) >= 0.6 else ""
 
 
 def _check_flags(flags: list[str], groups: list[Group], commands: Mapping[str, Any]) -> None:
@@ -391,18 +416,26 @@ def _check_flags(flags: list[str], groups: list[Group], commands: Mapping[str, A
             continue
         if key in sections:
             raise ConfigError(f"--{key}: this is a section; its options are --{key}.KEY")
+        section, _, term = key.rpartition(".")[0].partition(".")
+        if section == "losses" and term and not _TERM.fullmatch(term):
+            raise ConfigError(f"--{shown(key)}: a term is named by letters, digits and '_'")
         unnamed = _unnamed_section(key, groups)
-        hint = nearest_key(key, known)
-        if unnamed and not hint:
+        if unnamed:
             hint = f"; give --config FILE, or --{unnamed}.name first"
-        raise ConfigError(f"--{key}: no such option{hint}")
+        else:
+            hint = nearest_key(key, known)
+        raise ConfigError(f"--{shown(key)}: no such option{hint}")
 
 
 def _unnamed_section(key: str, groups: list[Group]) -> str | None:
-    """The section of a key, if it could hold a part and no part is chosen yet."""
-    section = ".".join(key.split(".")[:2]) if key.startswith("losses.") else key.split(".")[0]
+    """The section of a key, if it could hold a part, and is not a typo of one that does."""
+    section = key.rpartition(".")[0] if key.startswith("losses.") else key.partition(".")[0]
     chosen = [group.key for group in groups]
-    return section if _holds_part(section) and section not in chosen else None
+    if not _holds_part(section) or section in chosen:
+        return None
+    terms = [group.key.removeprefix("losses.") for group in groups if "." in group.key]
+    near = difflib.get_close_matches(section.removeprefix("losses."), terms)
+    return None if near and section.startswith("losses.") else section
 
 
 def check_optimizer(config: Config) -> None:
@@ -432,13 +465,13 @@ def _without_foreign(values: dict[str, Any], groups: list[Group]) -> dict[str, A
             return section
         inherited = {
             key: value
-            for key, value in section.get("_inherited", {}).items()
+            for key, value in section.get(_INHERITED, {}).items()
             if f"{prefix}{key}" in known
         }
         own = {
             key: settle(value, f"{prefix}{key}.")
             for key, value in section.items()
-            if key != "_inherited"
+            if key is not _INHERITED
         }
         return {**inherited, **own}
 
@@ -458,13 +491,14 @@ def _check_keys(values: Mapping[str, Any], groups: list[Group]) -> None:
                 if value is None:
                     continue
                 if not isinstance(value, Mapping):
-                    raise ConfigError(f"{key}: expected options, got {value!r}")
+                    raise ConfigError(f"{key}: expected options, got {shown(value)}")
                 walk(value, f"{key}.")
             elif key not in known:
                 loss = key.startswith("losses.") and key.count(".") == 1
                 if loss and isinstance(value, Mapping):
                     raise ConfigError(f"{key}: this term has no name{nearest_key(key, sections)}")
-                raise ConfigError(f"{key}: no such key{nearest_key(key, {*known, *sections})}")
+                hint = nearest_key(key, {*known, *sections})
+                raise ConfigError(f"{shown(key)}: no such key{hint}")
 
     walk(values, "")
 
@@ -472,8 +506,12 @@ def _check_keys(values: Mapping[str, Any], groups: list[Group]) -> None:
 def _run_parser(
     parser: ArgumentParser, values: dict[str, Any], flags: list[str], groups: list[Group]
 ) -> dict[str, Any]:
-    values = {key: value for key, value in values.items() if value is not None}
     known = _known_keys(groups)
+    # An empty section is one without options; an empty value is a null.
+    values = {key: value for key, value in values.items() if value is not None or key in known}
+    for action in parser._actions:
+        # jsonargparse would ask the files alone for what a flag gives; `_check_values` asks both.
+        action.required = False
     try:
         below: Namespace = parser.parse_object(values)
         above: Namespace = parser.parse_args(flags, namespace=below)
@@ -493,43 +531,21 @@ def _one_line(message: str, known: Mapping[str, Option]) -> str:
     """jsonargparse's message as key, value and what is allowed."""
     key, value = _KEY.search(message), _VALUE.search(message)
     if key is None or key[1] not in known:
-        return message.splitlines()[0].removeprefix("argument ")
-    option = known[key[1]]
-    got = value[1].strip().splitlines()[0] if value else "something else"
-    return f"{key[1]}: expected {describe_type(option.hint)}, got {got}"
-
-
-def describe_type(hint: Any) -> str:
-    """A type in words: `a whole number`, `one of 'linear', 'constant'`, `a list of text`."""
-    while get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    if hint in words:
-        return words[hint]
-    origin, members = get_origin(hint), get_args(hint)
-    if hint is type(None):
-        return "null"
-    if origin is Literal:
-        return " or ".join(repr(member) for member in members)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(member) for member in members)
-    if origin is list or (origin is tuple and members[-1] is Ellipsis):
-        return f"a list [{describe_type(members[0])}, ...]"
-    if origin is tuple:
-        return f"[{', '.join(describe_type(member) for member in members)}]"
-    return getattr(hint, "__name__", str(hint))
+        return shown(message.removeprefix("argument "), 150)
+    got = shown(value[1].strip().partition("\n")[0]) if value else "something else"
+    return f"{key[1]}: expected {describe_type(known[key[1]].hint)}, got {got}"
 
 
 def _check_values(resolved: dict[str, Any], groups: list[Group]) -> None:
-    """Limits, nulls and options that do not go together, section by section."""
+    """Types, limits and options that do not go together, section by section."""
     for group in groups:
         section: Any = resolved
         for word in group.key.split(".") if group.key else []:
             section = section[word]
         for key, option in group.options().items():
-            value = section[option.name]
-            if value is None and not fits(None, option.hint):
-                raise ConfigError(f"{key}: expected {describe_type(option.hint)}, got null")
+            value = section.get(option.name)
+            if option.required and value is None:
+                raise ConfigError(f"{key}: this option must be given")
             check_limits(key, value, option.hint)
         if group.key:
             own = {name: section[name] for name in group.own_options()}

@@ -49,7 +49,7 @@ class Plugin:
 
 
 _importing: ContextVar[Plugin | None] = ContextVar("importing", default=None)
-_loaded: dict[str, Plugin] | None = None
+_loaded: list[Plugin] | None = None
 
 
 def importing() -> Plugin | None:
@@ -74,15 +74,15 @@ def load_plugins() -> tuple[Plugin, ...]:
         wanted = _wanted(list(entry_points(group=GROUP)))
         # Set before importing: a plugin that reads a registry while it is imported must not
         # start the loading again.
-        _loaded = {}
+        _loaded = []
         for entry in wanted:
-            _loaded[entry.name] = _load(entry)
-    return tuple(_loaded.values())
+            _loaded.append(_load(entry))
+    return tuple(_loaded)
 
 
 def _wanted(found: list[EntryPoint]) -> list[EntryPoint]:
     """The entry points to load, ours first so that nobody can take its parts' names."""
-    found = sorted(found, key=lambda entry: (entry.module != "reidreg_plugins", entry.name))
+    found = sorted(found, key=lambda e: (e.value != "reidreg_plugins", e.name, e.value))
     chosen = os.environ.get(VARIABLE)
     if chosen is None:
         return found
@@ -98,17 +98,17 @@ def _load(entry: EntryPoint) -> Plugin:
     dist = entry.dist
     plugin = Plugin(
         name=entry.name,
-        module=entry.module,
-        distribution=dist.name if dist else "",
-        version=dist.version if dist else "",
+        module=entry.value,
+        distribution=(dist.name or "") if dist else "",
+        version=(dist.version or "") if dist else "",
     )
     start = time.perf_counter()
     with _as_importing(plugin):
         try:
-            importlib.import_module(entry.module)
+            importlib.import_module(entry.value)
         # SystemExit too: a plugin that calls sys.exit on import must not end our process.
         except (Exception, SystemExit) as error:
-            plugin.error = f"{type(error).__name__}: {error}".splitlines()[0]
+            plugin.error = " ".join(f"{type(error).__name__}: {error}".split())
     plugin.seconds = time.perf_counter() - start
     return plugin
 
@@ -124,4 +124,4 @@ def _as_importing(plugin: Plugin) -> Iterator[None]:
 
 def broken_plugins() -> tuple[Plugin, ...]:
     """The plugins that failed to load, among those tried so far."""
-    return tuple(plugin for plugin in (_loaded or {}).values() if plugin.error is not None)
+    return tuple(plugin for plugin in _loaded or () if plugin.error is not None)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 
-from annotated_types import BaseMetadata, Ge, Gt, Interval, Le, Lt
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from reidreg.errors import ConfigError, PluginError, UnknownNameError, did_you_mean
 from reidreg.plugins import Plugin, broken_plugins, importing, load_plugins
@@ -36,6 +38,8 @@ RUN_TIME_FACTS = frozenset(
 )
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+Bound = Ge | Gt | Le | Lt
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -93,7 +97,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         def decorate(part: C) -> C:
             plugin = importing() or Plugin(name=part.__module__, module=part.__module__)
             self._check_name(name, part, plugin)
-            check_schema(part, self.base, f"{self.kind} {name!r}")
+            # What a section of the configuration says of a part besides its options.
+            taken = {"name", "weight"} if self.kind == "loss" else {"name"}
+            check_schema(part, self.base, f"{self.kind} {name!r}", taken)
             self._entries[name] = _Entry(part, plugin)
             return part
 
@@ -143,11 +149,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     def _entry(self, name: str) -> _Entry:
         known = self._known()
         if name not in known:
-            failed = "".join(
-                f"; plugin {plugin} failed to load: {plugin.error}" for plugin in broken_plugins()
-            )
+            hint = did_you_mean(name, known)
             raise UnknownNameError(
-                f"no {self.kind} is registered as {name!r}{did_you_mean(name, known)}{failed}"
+                f"no {self.kind} is registered as {shown(name)!r}{hint}{_failed()}"
             )
         return known[name]
 
@@ -172,6 +176,16 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return built
 
 
+def _failed() -> str:
+    """What to add to an unknown name: it may be of a plugin that failed to load."""
+    broken = broken_plugins()
+    if len(broken) == 1:
+        return f"; plugin {broken[0]} failed to load: {broken[0].error:.90}"
+    names = ", ".join(plugin.name for plugin in broken[:5])
+    more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+    return f"; plugins {names}{more} failed to load, see `reidreg plugins`" if broken else ""
+
+
 # --------------------------------------------------------------------- signatures as schemas
 
 
@@ -185,20 +199,61 @@ def options_of(part: type, facts: frozenset[str] = RUN_TIME_FACTS) -> dict[str, 
     }
 
 
-def check_schema(part: type, base: type, what: str) -> None:
-    """Raise PluginError unless a class can be registered: right base, typed named parameters."""
+def check_schema(part: type, base: type, what: str, taken: AbstractSet[str] = frozenset()) -> None:
+    """Raise PluginError unless a class can be registered: right base, typed named parameters.
+
+    Args:
+        part: The class.
+        base: What it has to extend.
+        what: What it is about to be registered as, for the message.
+        taken: Names that its options must not have.
+    """
     if not (isinstance(part, type) and issubclass(part, base)):
         raise PluginError(f"{what}: {part!r} does not extend reidreg.{base.__name__}")
+    where = f"{what}: {part.__qualname__}.__init__"
     for name, parameter in inspect.signature(part).parameters.items():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             raise PluginError(
-                f"{what}: {part.__qualname__}.__init__ takes *{name}; name each option, "
-                "its signature is the schema of the configuration"
+                f"{where} takes *{name}; name each option, its signature is the schema of the "
+                "configuration"
             )
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise PluginError(f"{where} takes {name!r} by position alone; options go by name")
         if parameter.annotation is parameter.empty:
+            raise PluginError(f"{where}: option {name!r} has no type")
+    try:
+        options = options_of(part)
+    except (NameError, TypeError, AttributeError, SyntaxError) as error:
+        raise PluginError(f"{where}: its types are not there at run time ({error})") from error
+    for option in options.values():
+        if option.name in taken:
+            raise PluginError(f"{where}: option {option.name!r} needs another name, this is ours")
+        if not _is_plain(option.hint):
             raise PluginError(
-                f"{what}: option {name!r} of {part.__qualname__}.__init__ has no type"
+                f"{where}: option {option.name!r} is of type {describe_type(option.hint)}, which "
+                "YAML cannot hold; use bool, int, float, str, None, Literal, or list, tuple and "
+                "dict of them"
             )
+        if not option.required and not fits(option.default, option.hint):
+            raise PluginError(
+                f"{where}: option {option.name!r} is {describe_type(option.hint)}, and its default "
+                f"{option.default!r:.60} is not"
+            )
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a type's values are plain data, so that no text can stand for anything else.
+
+    A class or a callable would be given as an import path, and importing runs code.
+    """
+    origin, members = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _is_plain(members[0])
+    if origin is typing.Literal:
+        return True
+    if origin in (typing.Union, types.UnionType, list, tuple, dict):
+        return bool(members) and all(_is_plain(m) for m in members if m is not Ellipsis)
+    return hint in (bool, int, float, str, type(None))
 
 
 def check_options(
@@ -234,82 +289,121 @@ def check_options(
 
 
 def check_limits(key: str, value: Any, hint: Any) -> None:
-    """Raise ConfigError if a value lies outside the `Annotated` limits of its type.
+    """Raise ConfigError if a value is not of a type, or outside the type's `Annotated` limits.
 
     Args:
         key: The value's name, for the message.
-        value: A value of the type, already converted.
+        value: A value, already converted: text is no number here.
         hint: The type; limits may sit inside tuples, lists and unions.
     """
-    if get_origin(hint) is Annotated:
-        base, *metadata = get_args(hint)
-        limits = [limit for limit in metadata if isinstance(limit, BaseMetadata)]
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            _check_number(key, value, limits)
-        check_limits(key, value, base)
-    elif get_origin(hint) in (typing.Union, types.UnionType):
-        for member in get_args(hint):
-            if fits(value, member):
-                return check_limits(key, value, member)
-    elif get_origin(hint) in (tuple, list) and isinstance(value, (tuple, list)):
-        members = get_args(hint)
-        if get_origin(hint) is list or members[-1] is Ellipsis:
+    if not fits(value, hint):
+        raise ConfigError(f"{key}: expected {describe_type(hint)}, got {shown(value)}")
+    origin, members = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        if isinstance(value, numbers.Real):
+            _check_number(key, value, bounds_of(members[1:]))
+        check_limits(key, value, members[0])
+    elif origin in (typing.Union, types.UnionType):
+        check_limits(key, value, next(member for member in members if fits(value, member)))
+    elif origin in (tuple, list):
+        if origin is list or members[-1] is Ellipsis:
             members = (members[0],) * len(value)
-        for position, (item, member) in enumerate(zip(value, members, strict=False)):
+        for position, (item, member) in enumerate(zip(value, members, strict=True)):
             check_limits(f"{key}[{position}]", item, member)
-    elif isinstance(value, float) and not math.isfinite(value):
+    elif isinstance(value, numbers.Real) and not math.isfinite(value):
         raise ConfigError(f"{key}: {value} is not a finite number")
 
 
-def _check_number(key: str, value: float, limits: list[BaseMetadata]) -> None:
-    for limit in limits:
-        for bound in limit if isinstance(limit, Interval) else [limit]:
-            if not _holds(value, bound):
-                raise ConfigError(f"{key}: {value} is out of range; {describe_limits(limits)}")
+def bounds_of(metadata: Iterable[Any]) -> list[Bound]:
+    """The limits among the metadata of an `Annotated` type, intervals as their two ends."""
+    found: list[Bound] = []
+    for item in metadata:
+        # An Interval is a group of limits, not a limit.
+        ends = item if isinstance(item, Interval) else [item]
+        found += [end for end in ends if isinstance(end, (Ge, Gt, Le, Lt))]
+    return found
 
 
-def _holds(value: float, bound: BaseMetadata) -> bool:
+def _check_number(key: str, value: numbers.Real, bounds: list[Bound]) -> None:
+    for bound in bounds:
+        if not _holds(value, bound):
+            raise ConfigError(f"{key}: {value} is out of range; {describe_limits(bounds)}")
+
+
+def _holds(value: Any, bound: Bound) -> bool:
     if isinstance(bound, Ge):
-        return bool(value >= bound.ge)  # type: ignore[operator]
+        return bool(value >= bound.ge)
     if isinstance(bound, Gt):
-        return bool(value > bound.gt)  # type: ignore[operator]
+        return bool(value > bound.gt)
     if isinstance(bound, Le):
-        return bool(value <= bound.le)  # type: ignore[operator]
-    if isinstance(bound, Lt):
-        return bool(value < bound.lt)  # type: ignore[operator]
-    return True
+        return bool(value <= bound.le)
+    return bool(value < bound.lt)
 
 
-def describe_limits(limits: list[BaseMetadata]) -> str:
-    """The limits in words: `at least 1`, `more than 0 and at most 1`."""
+def describe_limits(bounds: list[Bound]) -> str:
+    """The limits in words: `it must be at least 1`, `it must be more than 0 and at most 1`."""
     words = []
-    for limit in limits:
-        for bound in limit if isinstance(limit, Interval) else [limit]:
-            if isinstance(bound, Ge):
-                words.append(f"at least {bound.ge}")
-            elif isinstance(bound, Gt):
-                words.append(f"more than {bound.gt}")
-            elif isinstance(bound, Le):
-                words.append(f"at most {bound.le}")
-            elif isinstance(bound, Lt):
-                words.append(f"less than {bound.lt}")
+    for bound in bounds:
+        if isinstance(bound, Ge):
+            words.append(f"at least {bound.ge}")
+        elif isinstance(bound, Gt):
+            words.append(f"more than {bound.gt}")
+        elif isinstance(bound, Le):
+            words.append(f"at most {bound.le}")
+        else:
+            words.append(f"less than {bound.lt}")
     return "it must be " + " and ".join(words)
+
+
+def describe_type(hint: Any) -> str:
+    """A type in words: `a whole number`, `one of 'linear', 'constant'`, `a list of text`."""
+    while get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if hint in words:
+        return words[hint]
+    origin, members = get_origin(hint), get_args(hint)
+    if hint is type(None):
+        return "null"
+    if origin is typing.Literal:
+        return " or ".join(repr(member) for member in members)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(member) for member in members)
+    if origin is list or (origin is tuple and members and members[-1] is Ellipsis):
+        return f"a list [{describe_type(members[0])}, ...]"
+    if origin is tuple:
+        return f"[{', '.join(describe_type(member) for member in members)}]"
+    return getattr(hint, "__name__", str(hint))
+
+
+def shown(value: Any, length: int = 60) -> str:
+    """A value as a message shows it: on one line, and not too long."""
+    text = {None: "null", True: "true", False: "false"}[value] if _is_word(value) else str(value)
+    return " ".join(text[:length].split()) + ("..." if len(text) > length else "") or "''"
+
+
+def _is_word(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
 
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a converted value is of a type, looking at its outermost layer alone."""
     while get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
-    origin = get_origin(hint)
+    origin, members = get_origin(hint), get_args(hint)
     if origin is typing.Literal:
-        return value in get_args(hint)
+        # True == 1 == 1.0, but neither is the 1 of a Literal[1, 2].
+        return any(value == member and type(value) is type(member) for member in members)
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, member) for member in get_args(hint))
+        return any(fits(value, member) for member in members)
+    if origin is tuple and members[-1] is not Ellipsis:
+        return isinstance(value, (tuple, list)) and len(value) == len(members)
+    if origin in (tuple, list):
+        return isinstance(value, (tuple, list))
     if hint is type(None):
         return value is None
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float):
+        kind = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
     kind = origin or hint
     return isinstance(value, kind) if isinstance(kind, type) else True

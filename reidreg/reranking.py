@@ -25,8 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reidreg.errors import ConfigError
-from reidreg.ranking import (
+from reidreg.distances import (
     Distances,
     Features,
     FloatArray,
@@ -35,6 +34,7 @@ from reidreg.ranking import (
     ragged,
     spans,
 )
+from reidreg.errors import ConfigError
 
 _PAIRS = 2**20  # pairs (entry, gallery image) that are looked at together
 
@@ -127,7 +127,6 @@ def _rerank(
     for span in spans(num_query, chunk):
         shared = _overlaps(codes, index, span, num_gallery)
         rows = direct.rows(span, 2 * chunk).cpu().numpy()
-        rows[rows <= direct.slack] = 0
         rows /= neighbours.divisors[span, None]
         rows *= lam
         rows += (1 - lam) * (1 - shared / (2 - shared))
@@ -143,7 +142,6 @@ def _neighbours(distances: Distances, k: int, chunk: int) -> _Neighbours:
     farthest = np.concatenate([far.cpu().numpy() for _, _, far in found])
     # Where all images are equal there is nothing to divide by, and every distance is 0.
     divisors = np.where(farthest > distances.slack, farthest, 1.0)
-    values[values <= distances.slack] = 0
     return _Neighbours(items, values / divisors[:, None], divisors)
 
 
@@ -238,7 +236,7 @@ def _looked_up(
     missing = np.flatnonzero(listed[found] != keys)
     row, member = np.divmod(keys[missing], count)
     exact = distances.exact_pairs(row, member, 2 * (span.stop - span.start)).cpu().numpy()
-    values[missing] = np.where(exact > distances.slack, exact, 0) / neighbours.divisors[row]
+    values[missing] = exact / neighbours.divisors[row]
     return np.asarray(values)
 
 

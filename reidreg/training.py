@@ -17,7 +17,7 @@ from reidreg.checkpoint import load_checkpoint, save_checkpoint
 from reidreg.config import Config
 from reidreg.describe import announce, describe_evaluation, describe_step, validation_figures
 from reidreg.devices import autocast
-from reidreg.errors import DivergedError, InterruptedRun
+from reidreg.errors import DataError, DeviceError, DivergedError, InterruptedRun
 from reidreg.evaluation import evaluate_dataset, write_metrics
 from reidreg.logs import MetricsLog, ProgressBar, log_to_file, logger, start_wandb
 from reidreg.optimizers import set_learning_rate
@@ -66,6 +66,8 @@ def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
         try:
             train(run, folder, metrics, signals)
             exit_code = 0
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(describe_shortage(run.embedder.device)) from error
         finally:
             metrics.close(exit_code)
         return run.progress.metrics
@@ -82,7 +84,12 @@ def train(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals
     while progress.epoch < config.epochs or evaluation_due(run):
         # Due before anything else after a resume that fell into an evaluation.
         if not evaluation_due(run):
-            train_epoch(run, folder, metrics, signals)
+            try:
+                train_epoch(run, folder, metrics, signals)
+            except DataError:
+                # A scheduler that stops a job may signal the loading processes as well.
+                stop_if_asked(run, folder, signals)
+                raise
             save_checkpoint(capture(run), folder.last)
         if evaluation_due(run):
             evaluate_epoch(run, folder, metrics, signals)
@@ -134,14 +141,29 @@ def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopS
                 logger.info("%s", describe_step(figures, progress.batch, steps, config.epochs))
                 bar.advance(0, meter.short)
             bar.advance()
-            if signals.received is not None and progress.batch < steps:
-                save_checkpoint(capture(run), folder.last)
-                raise InterruptedRun(signals.received, str(folder.last))
+            if progress.batch < steps:
+                stop_if_asked(run, folder, signals)
     progress.epoch += 1
     progress.batch = 0
+    stop_if_asked(run, folder, signals)
+
+
+def stop_if_asked(run: Run, folder: RunFolder, signals: StopSignals) -> None:
+    """Save and raise InterruptedRun, between two steps, if a signal came."""
     if signals.received is not None:
         save_checkpoint(capture(run), folder.last)
         raise InterruptedRun(signals.received, str(folder.last))
+
+
+def describe_shortage(device: torch.device) -> str:
+    """What to say when the device's memory did not suffice."""
+    free, total = torch.cuda.mem_get_info(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return (
+        f"{device} is out of memory: this run used {peak / 2**30:.1f} GiB, {free / 2**30:.1f} of "
+        f"{total / 2**30:.1f} GiB are free; add --config overlays/low_memory, or lower "
+        "--sampler.batch_size or --input.size"
+    )
 
 
 def evaluation_due(run: Run) -> bool:

@@ -13,34 +13,61 @@ from reidreg.errors import ConfigError
 # A configuration has a few hundred nodes. The limits are far above, and far below what harms: a
 # few hundred bytes of nested aliases unfold to gigabytes, and the C parser of deeply nested text
 # overruns the stack.
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 16
 MAX_NODES = 10_000
 MAX_DEPTH = 20
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2 floats (`1e-3`) and without repeated keys."""
+    """PyYAML's safe loader with the numbers of YAML 1.2, keys of text, and none of them twice.
+
+    `1e-3` is a number; `0012`, `1:30` and `2024-01-01` are text, not 10, 90 and a date.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands here twice")
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag != f"{_TAG}str":
+                what = f"the key {key.value:.40}" if isinstance(key, yaml.ScalarNode) else "a key"
+                raise yaml.MarkedYAMLError(
+                    problem=f"{what} is not text", problem_mark=key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r:.40} stands here twice",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
-        |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
-        |[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?
-        |[-+]?\.(?:inf|Inf|INF)
-        |\.(?:nan|NaN|NAN))$""",
-        re.VERBOSE,
-    ),
-    list("-+0123456789."),
+_TAG = "tag:yaml.org,2002:"
+_REPLACED = ("int", "float", "timestamp")
+_INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$")
+_FLOAT = re.compile(
+    r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+    |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
+    |[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?
+    |[-+]?\.(?:inf|Inf|INF)
+    |\.(?:nan|NaN|NAN))$""",
+    re.VERBOSE,
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line, and quotes around text that the loader would take for a number."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: Any = None) -> Any:
+        return super().represent_sequence(tag, sequence, flow_style=True)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, what) for tag, what in pairs if tag.removeprefix(_TAG) not in _REPLACED]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -56,9 +83,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder, not a configuration file")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path} is larger than any configuration ({MAX_BYTES} bytes)")
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            # By reading, not by its size: a pipe has none, and /dev/zero does not end.
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path} is larger than any configuration ({MAX_BYTES:,} bytes)")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text") from error
     except OSError as error:
@@ -87,7 +117,7 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}{where}: {error.problem or error.context}") from error
+        raise ConfigError(f"{source}{where}: {str(error.problem or error.context):.100}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
 
@@ -97,7 +127,7 @@ def _check_size(text: str, source: str) -> None:
     depth = nodes = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"{source}: aliases (*{event.anchor}) are not supported")
+            raise ConfigError(f"{source}: aliases (*{event.anchor:.40}) are not supported")
         if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             depth += 1
         elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
@@ -105,11 +135,6 @@ def _check_size(text: str, source: str) -> None:
         nodes += 1
         if depth > MAX_DEPTH or nodes > MAX_NODES:
             raise ConfigError(f"{source}: nested or repeated beyond any configuration")
-
-
-class _Dumper(yaml.SafeDumper):
-    def represent_sequence(self, tag: str, sequence: Any, flow_style: Any = None) -> Any:
-        return super().represent_sequence(tag, sequence, flow_style=True)
 
 
 def dump_yaml(value: Any) -> str:

@@ -32,9 +32,7 @@ def aihub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def market_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny drawn data set in the layout of Market-1501."""
     root = tmp_path_factory.mktemp("drawn_market") / "Market-1501-v15.09.15"
-    synthesize(
-        root, layout="market1501", identities=16, cameras=3, images_per_camera=2, seed=2
-    )
+    synthesize(root, layout="market1501", identities=16, cameras=3, images_per_camera=2, seed=2)
     return root
 
 

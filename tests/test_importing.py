@@ -73,6 +73,7 @@ WANDB:
 
 # In this company every live key has an effect.
 ALL_LIVE = {
+    "MODEL.PRETRAIN_PATH": "resnet50.pth",
     "MODEL.IF_WITH_CENTER": "yes",
     "MODEL.METRIC_LOSS_TYPE": "triplet_center",
     "DATASETS.NAMES": "aihub_kaist",
@@ -105,7 +106,7 @@ OTHER: dict[str, Any] = {
     "DATASETS.QUERY_FOLDER": "sample_query",
     "DATASETS.GALLERY_FOLDER": "sample_test",
     "DATALOADER.NUM_WORKERS": 3,
-    "DATALOADER.SAMPLER": "triplet",
+    "DATALOADER.SAMPLER": "softmax",
     "DATALOADER.NUM_INSTANCE": 8,
     "SOLVER.OPTIMIZER_NAME": "AdamW",
     "SOLVER.MAX_EPOCHS": 77,
@@ -182,8 +183,14 @@ def named(key: str, result: Imported) -> bool:
     return any(key in note for note in result.notes)
 
 
+def accepted(result: Imported) -> dict[str, Any]:
+    """The values, which `load_config` took without a complaint when they were imported."""
+    assert not named("refuses", result)
+    return result.values
+
+
 def losses(result: Imported) -> dict[str, Any]:
-    return {term: loss.as_dict() for term, loss in sorted(resolved(result).losses.items())}
+    return dict(sorted(accepted(result)["losses"].items()))
 
 
 CROSS_ENTROPY = {"name": "cross_entropy", "weight": 1.0, "label_smoothing": 0.0}
@@ -304,26 +311,33 @@ def test_the_samples_below_cover_every_key() -> None:
     assert OTHER.keys() == KEYS.keys()
 
 
+@pytest.fixture(scope="module")
+def all_live(tmp_path_factory: pytest.TempPathFactory) -> Imported:
+    return import_config(write(tmp_path_factory.mktemp("all_live"), ALL_LIVE))
+
+
 @pytest.mark.parametrize("key", OTHER)
-def test_a_key_is_translated_or_named(key: str, imported: Import) -> None:
-    # A translated self needs a path, which is why that pair is changed together.
-    base = {**ALL_LIVE, "MODEL.PRETRAIN_PATH": "weights/base.pth"}
-    before, after = imported(base), imported({**base, key: OTHER[key]})
-    assert before.values != after.values or named(key, after)
-    assert KEYS[key].live or before.values == after.values
+def test_a_key_is_translated_or_named(key: str, all_live: Imported, imported: Import) -> None:
+    result = imported({**ALL_LIVE, key: OTHER[key]})
+    assert result.values != all_live.values or named(key, result)
+    assert KEYS[key].live or result.values == all_live.values
 
 
-@given(keys=st.lists(st.sampled_from(sorted(OTHER)), unique=True), data=st.data())
-@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+@settings(max_examples=10, deadline=None)
 def test_in_any_company_a_key_is_translated_or_named(
-    keys: list[str], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = tmp_path_factory.mktemp("any")
-    old = {"MODEL.PRETRAIN_PATH": "weights/base.pth", "MODEL.DEVICE": "cpu", "INPUT.PROB": 0.1}
-    old |= {key: OTHER[key] for key in keys}
-    left_out = data.draw(st.sampled_from(sorted(old.keys() - {"MODEL.PRETRAIN_PATH"})))
-    without = {key: value for key, value in old.items() if key != left_out}
-    whole, part = import_config(write(folder, old)), import_config(write(folder, without))
+    changed = data.draw(st.sets(st.sampled_from(sorted(OTHER))))
+    old = {**ALL_LIVE, **{key: OTHER[key] for key in changed}}
+    # Without its path, a `self` is refused.
+    candidates = [
+        key for key in old.keys() - {"MODEL.PRETRAIN_PATH"} if old[key] != KEYS[key].default
+    ]
+    gone = data.draw(st.sampled_from(sorted(candidates)))
+    folder = tmp_path_factory.mktemp("company")
+    whole = import_config(write(folder, old))
+    part = import_config(write(folder, {key: old[key] for key in old if key != gone}))
     assert whole.values != part.values or set(whole.notes) != set(part.notes)
 
 
@@ -386,7 +400,7 @@ def test_a_malformed_value_names_its_key(key: str, value: Any, imported: Import)
         ("SOLVER: {NUM_WORKERS: 3}", "did you mean 'DATALOADER.NUM_WORKERS'"),
         ("OUTPUTDIR: log", "did you mean 'OUTPUT_DIR'"),
         ("QQQ: {A: 1}", "QQQ: .*known: .*MODEL"),
-        ("INPUT: {QQQ: 1}", "INPUT.QQQ: .*known: .*INPUT.PADDING"),
+        ("INPUT: {QQQ: 1}", "INPUT.QQQ: .*known: .*PADDING"),
         ("on: 1", "True: "),
         ("MODEL: resnet50", "MODEL: expected keys and values, got 'resnet50'"),
     ],
@@ -426,20 +440,14 @@ def test_sizes_are_read_as_yacs_users_write_them(
 ) -> None:
     text = f"INPUT:\n  SIZE_TRAIN: {spelling}\n  SIZE_TEST: {spelling}\n"
     result = imported(text)
-    assert resolved(result).input.size == size
+    assert accepted(result)["input"]["size"] == list(size)
     assert not named("INPUT.SIZE_TEST", result)
 
 
 @pytest.mark.parametrize("spelling", ["(30, 55)", "[30, 55]", "'(30, 55)'", '"[30, 55]"'])
 def test_milestones_are_read_in_every_spelling(spelling: str, imported: Import) -> None:
-    config = resolved(
-        imported(
-            f"SOLVER: {{STEPS: {spelling}}}"
-            if "(" not in spelling
-            else f"SOLVER:\n  STEPS: {spelling}\n"
-        )
-    )
-    assert list(config.schedule.options["milestones"]) == [30, 55]
+    result = imported(f"SOLVER:\n  STEPS: {spelling}\n")
+    assert accepted(result)["schedule"]["milestones"] == [30, 55]
 
 
 @pytest.mark.parametrize("spelling", ["on", "'on'", '"on"', "yes", "True", "\"'on'\"", "('on')"])
@@ -463,7 +471,7 @@ def test_a_word_that_did_not_turn_a_key_on_is_named(key: str, word: str, importe
     result = imported({"DATALOADER.SAMPLER": "softmax_triplet", key: word})
     assert named(f"{key} {word!r}", result)
     smoothing = losses(result)["id"]["label_smoothing"]
-    metric = resolved(result).evaluator.options["metric"]
+    metric = accepted(result)["evaluator"]["metric"]
     assert (smoothing, metric) == (
         (0.0, "cosine") if key.startswith("MODEL") else (0.1, "euclidean")
     )
@@ -476,7 +484,7 @@ def test_a_data_set_is_read_in_every_spelling(spelling: str, imported: Import) -
 
 @pytest.mark.parametrize("spelling", ["3e-4", "'3e-4'", "0.0003", "3.0e-4"])
 def test_numbers_are_read_in_every_spelling(spelling: str, imported: Import) -> None:
-    assert resolved(imported(f"SOLVER: {{BASE_LR: {spelling}}}")).optimizer.lr == 3e-4
+    assert accepted(imported(f"SOLVER: {{BASE_LR: {spelling}}}"))["optimizer"]["lr"] == 3e-4
 
 
 # --------------------------------------------------------------------- the model
@@ -601,7 +609,7 @@ def test_the_sampler_decides_the_batches_and_the_losses(
     sampler: str, name: str, terms: dict[str, Any], imported: Import
 ) -> None:
     result = imported({"DATALOADER.SAMPLER": sampler})
-    assert resolved(result).sampler.name == name
+    assert accepted(result)["sampler"]["name"] == name
     assert losses(result) == terms
 
 
@@ -629,7 +637,7 @@ def test_with_a_center_loss_the_metric_loss_decides(
         }
     )
     assert losses(result) == terms
-    assert resolved(result).sampler.name == ("random" if sampler == "softmax" else "identity")
+    assert accepted(result)["sampler"]["name"] == ("random" if sampler == "softmax" else "identity")
     assert not named("METRIC_LOSS_TYPE", result)
 
 
@@ -817,7 +825,7 @@ def test_wandb_is_on_or_off(spelling: str, mode: str, imported: Import) -> None:
     ("device", "ours"), [("cuda", "auto"), ("cpu", "cpu"), ("cuda:1", "cuda:1")]
 )
 def test_the_device_is_translated(device: str, ours: str, imported: Import) -> None:
-    assert resolved(imported({"MODEL.DEVICE": device})).train.device == ours
+    assert accepted(imported({"MODEL.DEVICE": device}))["train"]["device"] == ours
 
 
 @pytest.mark.parametrize("spelling", ["('1')", "1", "'1'"])

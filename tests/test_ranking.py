@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reidreg
+from reidreg.distances import Distances
 from reidreg.errors import ConfigError, DataError
 from reidreg.metrics import retrieval_figures
 from reidreg.ranking import (
-    Distances,
     MatchPositions,
     check_matchable,
     match_positions,
@@ -405,6 +405,18 @@ def test_lists_of_equal_features_follow_the_gallery():
     indices, distances = ranked_lists(query, gallery, k=4)
     assert indices.tolist() == [[0, 1, 2, 3]] * 2
     assert distances.tolist() == [[0.0] * 4] * 2
+
+
+@pytest.mark.parametrize("count", range(100, 120, 2))
+def test_lists_hold_where_the_search_cannot_tell_the_items_apart(count):
+    # One item after the other, fewer values are one unit in the last place above the query's.
+    # Divided by the longest norm and rounded, all items are the query itself for some counts.
+    low = np.float32(1000)
+    vectors = np.where(np.tri(count, dtype=bool)[::-1], np.nextafter(low, np.float32(2e3)), low)
+    gallery = embeddings(vectors, [1, 2] * (count // 2))
+    query = embeddings(np.full((3, count), low), [1, 2, 1], [5] * 3)
+    indices, _ = ranked_lists(query, gallery, k=4, metric="euclidean")
+    assert indices.tolist() == [[count - 1, count - 2, count - 3, count - 4]] * 3
 
 
 def test_lists_leave_out_many_same_camera_items():

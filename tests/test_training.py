@@ -87,7 +87,15 @@ def test_metrics_jsonl_has_the_promised_keys_and_steps_that_never_fall(tiny: Val
     steps = [line["step"] for line in lines]
     assert steps == sorted(steps)
     training = [line for line in lines if "train/loss" in line]
-    keys = {"step", "epoch", "train/loss", "train/id", "train/triplet", "train/accuracy", "train/lr"}
+    keys = {
+        "step",
+        "epoch",
+        "train/loss",
+        "train/id",
+        "train/triplet",
+        "train/accuracy",
+        "train/lr",
+    }
     assert all(line.keys() == keys for line in training)
     validation = [line for line in lines if "val/mAP" in line]
     assert [line["epoch"] for line in validation] == [1, 2]
@@ -384,4 +392,36 @@ def test_no_process_is_left_behind_by_a_signal(tiny: Values) -> None:
         ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
     ).stdout
     assert str(values["output_dir"]) not in listed
-    assert os.getpid() > 0
+
+
+def test_a_signal_to_the_whole_process_group_ends_as_cleanly(tiny: Values, tmp_path: Path) -> None:
+    values = {**tiny, "train.epochs": 50, "train.workers": 2}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reidreg", "fit", "--config", "aihub_kaist", *as_flags(values)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "epoch 1/50 step 2/" in line:
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert load_checkpoint(tmp_path / "run/checkpoints/last.ckpt").step > 0
+
+
+def test_a_loading_process_that_dies_is_named_in_one_line(tiny: Values) -> None:
+    values = {**tiny, "train.epochs": 50, "train.workers": 1}
+    process = interrupted(values, signal.SIGCONT, "epoch 1/50 step 2/")
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    for worker in listed.stdout.split():
+        os.kill(int(worker), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    (line,) = errors.strip().splitlines()
+    assert "loading process" in line and "--train.workers" in line

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -9,7 +11,12 @@ from torch import Tensor
 
 from reidreg import BACKBONES, Backbone, ReidregError
 from reidreg_plugins.backbones.hub import load_from_hub
-from reidreg_plugins.backbones.weights import check_pretrained, is_file, load_weights_file
+from reidreg_plugins.backbones.weights import (
+    Weights,
+    check_pretrained,
+    is_file,
+    load_weights_file,
+)
 
 
 @BACKBONES.register("timm")
@@ -81,5 +88,18 @@ class TimmBackbone(Backbone):
         if self.pretrained == "none":
             return None
         if is_file(self.pretrained):
-            return load_weights_file(self.net, self.pretrained)
+            return load_weights_file(self.net, self.pretrained, self._converted)
         return load_from_hub(self.net, self.model, **self._options)
+
+    def _converted(self, weights: Weights) -> Weights:
+        """Weights as timm fits them to a model: position embeddings to its grid, foreign names."""
+        import timm
+
+        family = importlib.import_module(timm.model_entrypoint(self.model).__module__)
+        convert: Any = getattr(family, "checkpoint_filter_fn", None)
+        if convert is None:
+            return weights
+        with warnings.catch_warnings():
+            # timm's resizing uses torch in ways that torch frowns at; users cannot help it.
+            warnings.simplefilter("ignore")
+            return dict(convert(weights, self.net))

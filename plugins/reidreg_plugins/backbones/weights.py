@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,6 +17,10 @@ from reidreg import DataError
 # What training scripts wrap a state dict in, and what they put before its keys.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "teacher", "net")
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "base.", "model.", "encoder.", "net.")
+# Of a zip archive and of a pickle, the two forms that torch.save writes.
+BEGINNINGS = (b"PK", b"\x80")
+
+Weights = dict[str, Tensor]
 
 
 def is_file(pretrained: str) -> bool:
@@ -32,7 +36,7 @@ def check_pretrained(pretrained: str) -> None:
         )
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> Weights:
     """The tensors of a weights file; nothing in it is executed.
 
     Args:
@@ -45,7 +49,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load_pickled(path)
     except FileNotFoundError as error:
         raise DataError(f"no weights file at {path}") from error
     except pickle.UnpicklingError as error:
@@ -53,18 +57,33 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds Python objects, not tensors alone; loading it could run code, so save "
             "model.state_dict() from where it came"
         ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path} is damaged or no weights file ({reason})") from error
+    except Exception as error:  # damage makes a pickle raise whatever its next opcode meets
+        raise DataError(f"{path} is damaged or no weights file ({_reason(error)})") from error
     return _unwrapped(content, path)
 
 
-def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping):
-        inner = next((content[w] for w in WRAPPERS if isinstance(content.get(w), Mapping)), None)
-        if inner is None:
+def _load_pickled(path: Path) -> Any:
+    with path.open("rb") as file:
+        beginning = file.read(16)
+    if not beginning.startswith(BEGINNINGS):
+        raise ValueError(f"it begins with {beginning!r}")
+    with warnings.catch_warnings():
+        # torch warns of some files before it refuses them; the refusal says enough.
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _unwrapped(content: Any, path: Path) -> Weights:
+    for _ in WRAPPERS:  # no deeper: a file can hold a mapping that holds itself
+        if not isinstance(content, Mapping):
             break
-        content = inner
+        inner = [content[w] for w in WRAPPERS if isinstance(content.get(w), Mapping)]
+        content = inner[0] if inner else content
     tensors = (
         {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
         if isinstance(content, Mapping)
@@ -75,7 +94,7 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def without_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Weights:
     """The state dict without what a wrapper put before its keys.
 
     Prefixes go as long as more keys then match the model's own.
@@ -96,12 +115,15 @@ def without_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> di
         current = best
 
 
-def load_weights_file(module: nn.Module, path: str | Path) -> str:
+def load_weights_file(
+    module: nn.Module, path: str | Path, convert: Callable[[Weights], Weights] | None = None
+) -> str:
     """Load a weights file into a module.
 
     Args:
         module: The module.
         path: As for `read_weights`.
+        convert: Fits weights that do not fit as they are, such as those for another image size.
 
     Returns:
         A line that says what was loaded and what was not.
@@ -112,6 +134,8 @@ def load_weights_file(module: nn.Module, path: str | Path) -> str:
     """
     own = module.state_dict()
     state = without_prefix(read_weights(path), own)
+    if convert is not None and not _fit_as_they_are(own, state):
+        state = _converted(convert, state, path)
     shared = [key for key in own if key in state]
     clashes = [key for key in shared if own[key].shape != state[key].shape]
     # Counters of batches seen are in newer files only, and of no use here.
@@ -133,3 +157,17 @@ def load_weights_file(module: nn.Module, path: str | Path) -> str:
     report = f"pretrained weights: {len(found)} of {len(counted)} tensors from {path}"
     report += f"; missing: {', '.join(missing[:4])}" if missing else ""
     return report + (f"; left out: {', '.join(unused[:4])}" if unused else "")
+
+
+def _fit_as_they_are(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
+    return all(key in state and state[key].shape == own[key].shape for key in own)
+
+
+def _converted(convert: Callable[[Weights], Weights], state: Weights, path: str | Path) -> Weights:
+    try:
+        return convert(state)
+    except Exception as error:  # converters index and reshape as their own weights allow
+        raise DataError(
+            f"{path}: the weights cannot be fitted to this backbone and its input size "
+            f"({_reason(error)})"
+        ) from error

@@ -61,13 +61,15 @@ class AIHubKAIST(Dataset):
     @cached_property
     def folder(self) -> Path:
         """Where the split folders lie."""
-        return find_root(
-            self.root, ("aihub_kaist",), lambda path: (path / self.query_folder).is_dir()
-        )
+        return find_root(self.root, ("aihub_kaist",), self.query_folder)
+
+    @cached_property
+    def _train_by_folder(self) -> dict[str, list[Sample]]:
+        return {name: self._reader.read(self.folder / name) for name in self.train_folders}
 
     @cached_property
     def train(self) -> list[Sample]:
-        return [s for name in self.train_folders for s in self._reader.read(self.folder / name)]
+        return [sample for samples in self._train_by_folder.values() for sample in samples]
 
     @cached_property
     def query(self) -> list[Sample]:
@@ -86,10 +88,11 @@ class AIHubKAIST(Dataset):
 
     def notes(self) -> list[str]:
         """Names that did not fit, and folders whose counts are not the published ones."""
-        splits = {self.query_folder: self.query, self.gallery_folder: self.gallery}
-        for name in self.train_folders:
-            prefix = str(self.folder / name)
-            splits[name] = [s for s in self.train if Path(s.path).parent == Path(prefix)]
+        splits = {
+            self.query_folder: self.query,
+            self.gallery_folder: self.gallery,
+            **self._train_by_folder,
+        }
         lines = list(self._reader.notes)
         for name, samples in splits.items():
             found = (len({sample.pid for sample in samples}), len(samples))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import shlex
 from pathlib import Path
 
 from reidreg import DataError, Sample
@@ -19,9 +19,8 @@ class FolderReader:
 
     Args:
         pattern: Matches a whole file name, with groups `pid` and `camid`.
-        first_camera: What the data set numbers its first camera as in a `Sample`; added to the
-            name's number.
         expected: An example of a right name, for messages.
+        camera_offset: Added to the camera's number in the name.
     """
 
     def __init__(self, pattern: str, expected: str, camera_offset: int = 0) -> None:
@@ -65,10 +64,8 @@ def missing_folder(folder: Path) -> str:
     """What to say of a folder that is not there: the archive beside it, or what is there."""
     archive = folder.with_name(f"{folder.name}.zip")
     if archive.exists():
-        return (
-            f"{folder} is missing, but {archive.name} is there: "
-            f"run `unzip -n {archive} -d {folder.parent}`"
-        )
+        command = shlex.join(["unzip", "-n", str(archive), "-d", str(folder.parent)])
+        return f"{folder} is missing, but {archive.name} is there: run `{command}`"
     parent = folder.parent
     if not parent.is_dir():
         return f"{folder} is missing: there is no {parent}; point --dataset.root at the data"
@@ -77,7 +74,15 @@ def missing_folder(folder: Path) -> str:
     return f"{folder} is missing: {inside}; point --dataset.root at the data"
 
 
-def find_root(root: Path, names: tuple[str, ...], has: Callable[[Path], bool]) -> Path:
-    """The folder that really holds a data set: the root, or one of the usual names inside it."""
+def find_root(root: Path, names: tuple[str, ...], split: str) -> Path:
+    """The folder that really holds a data set: the root, or one of the usual names inside it.
+
+    Args:
+        root: What the user gave.
+        names: What the data set's folder is usually called.
+        split: A folder that the data set has, or has as an archive that is still to be extracted.
+    """
     candidates = [*(root / name for name in names), root]
-    return next((path for path in candidates if has(path)), candidates[0])
+    whole = [path for path in candidates if (path / split).is_dir()]
+    packed = [path for path in candidates if (path / f"{split}.zip").is_file()]
+    return [*whole, *packed, *candidates][0]

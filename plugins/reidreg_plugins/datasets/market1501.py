@@ -31,7 +31,7 @@ class Market1501(Dataset):
     def folder(self) -> Path:
         """Where the split folders lie."""
         names = ("Market-1501-v15.09.15", "market1501/Market-1501-v15.09.15", "market1501")
-        return find_root(self.root, names, lambda path: (path / "query").is_dir())
+        return find_root(self.root, names, "query")
 
     @cached_property
     def train(self) -> list[Sample]:

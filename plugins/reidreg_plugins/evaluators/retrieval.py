@@ -17,6 +17,7 @@ from reidreg import (
     ProgressBar,
     Sample,
     check_matchable,
+    clipping_note,
     match_positions,
     match_positions_of_rows,
     ranked_lists,
@@ -80,6 +81,8 @@ class Retrieval(Evaluator):
         return figures
 
     def _reranked(self, query: Embeddings, gallery: Embeddings) -> MatchPositions:
+        # Junk would be somebody's neighbour; the published figures are without it.
+        gallery = _without_junk(gallery)
         rows = rerank_rows(
             query.features,
             gallery.features,
@@ -112,11 +115,19 @@ class Retrieval(Evaluator):
             "have no image of their person in the gallery": counts.without_gallery,
             "have images of their person by their own camera alone": counts.same_camera_only,
         }
-        return [
+        notes = [
             f"{count} of {len(query)} queries {reason}, and are not counted"
             for reason, count in reasons.items()
             if count
         ]
+        images = len(query) + sum(sample.pid != -1 for sample in gallery)
+        clipped = clipping_note(images, self.k1, self.k2) if self.rerank else None
+        return [*notes, clipped] if clipped else notes
+
+
+def _without_junk(gallery: Embeddings) -> Embeddings:
+    kept = gallery.pids != -1
+    return Embeddings(gallery.features[kept], gallery.pids[kept], gallery.camids[kept])
 
 
 def _ids(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:

@@ -98,8 +98,8 @@ class IdentitySampler(Sampler):
     def _cut(self, images: Ints) -> Ints:
         """An identity's images as chunks (c, K), the first of them the topped-up one."""
         total = -(-len(images) // self.instances) * self.instances
-        # np.resize repeats from the beginning. Chunks are used from the last to the first, so
-        # that the one with the repetitions is the one that an epoch may leave out.
+        # np.resize repeats from the beginning, and chunks are used from the last to the first: the
+        # repetitions come last, and are none if the chunk they are taken from is left out.
         return np.resize(images, total).reshape(-1, self.instances)[::-1]
 
     def _usable(self, rng: np.random.Generator) -> Ints:
@@ -111,16 +111,16 @@ class IdentitySampler(Sampler):
         return usable
 
     def _draw(self, rng: np.random.Generator, left: Ints, remaining: int) -> Ints:
-        """P different identities, at random by the chunks they have left.
+        """P different identities, each with a probability of the share of batches it needs.
 
-        One with as many chunks left as there are batches has to be in each of them.
+        Systematic sampling: identities lie in random order on a line, as long as the chunks that
+        they have left, P x remaining in all, and marks at a distance of `remaining` choose them.
+        Nobody is longer than that, so nobody is chosen twice, and one that is as long is in every
+        batch. A share of what is left stays the same on average, whatever was drawn before.
         """
-        with np.errstate(divide="ignore"):
-            # The smallest of exponential times with these rates: a draw without replacement.
-            keys = rng.exponential(size=len(left)) / left
-        keys[left == remaining] = -1
-        chosen = np.argpartition(keys, self.identities - 1)[: self.identities]
-        return rng.permutation(chosen)
+        order = rng.permutation(len(left))
+        marks = rng.integers(remaining) + remaining * np.arange(self.identities)
+        return order[np.searchsorted(np.cumsum(left[order]), marks, side="right")]
 
 
 def count_batches(chunks: Ints, identities: int) -> int:

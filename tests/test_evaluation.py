@@ -1,0 +1,206 @@
+"""Features and figures from a checkpoint, without anything but the file and the data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reidreg import (
+    Embeddings,
+    FeatureExtractor,
+    evaluate,
+    extract,
+    fit,
+    load_checkpoint,
+    load_config,
+)
+from reidreg.errors import CheckpointError, ConfigError, DataError
+from reidreg.evaluation import (
+    evaluate_checkpoint,
+    evaluate_features,
+    load_features,
+    open_checkpoint,
+    save_features,
+)
+from reidreg.interfaces import EVALUATORS
+from reidreg.report import draw_report, pick_queries, query_precision
+
+
+@pytest.fixture(scope="module")
+def trained(aihub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The best checkpoint of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = load_config(
+        "aihub_kaist",
+        {
+            "dataset.root": str(aihub_root),
+            "input.size": [64, 32],
+            "sampler": {"batch_size": 8, "instances": 2},
+            "backbone": {"name": "resnet18", "pretrained": "none"},
+            "train": {"epochs": 1, "workers": 0, "precision": "fp32"},
+            "wandb.mode": "disabled",
+            "output_dir": str(folder),
+        },
+    )
+    fit(config)
+    return folder / "checkpoints/best.ckpt"
+
+
+def test_evaluating_a_checkpoint_gives_the_figures_of_training(trained: Path) -> None:
+    stored = json.loads((trained.parent.parent / "metrics.json").read_text())
+    assert evaluate(trained) == stored
+
+
+def test_evaluation_needs_no_training_images(
+    trained: Path, aihub_root: Path, tmp_path: Path
+) -> None:
+    for name in ("query", "bounding_box_test"):
+        shutil.copytree(aihub_root / "aihub_kaist" / name, tmp_path / "aihub_kaist" / name)
+    moved = tmp_path / "elsewhere.ckpt"
+    shutil.copy(trained, moved)
+    assert evaluate(moved, {"dataset.root": str(tmp_path)}) == evaluate(trained)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500])
+def test_figures_do_not_depend_on_the_batch_size(trained: Path, batch_size: int) -> None:
+    figures = evaluate(trained, {"train.eval_batch_size": batch_size})
+    assert figures["mAP"] == pytest.approx(evaluate(trained)["mAP"], abs=1e-6)
+
+
+def test_options_of_the_evaluation_can_be_overridden(trained: Path) -> None:
+    before = evaluate(trained, {"head.feature": "before", "evaluator.metric": "euclidean"})
+    assert before["mAP"] != evaluate(trained)["mAP"]
+    assert "reranked" in evaluate(trained, flags=["--evaluator.rerank=true"])
+
+
+def test_weights_that_do_not_fit_are_named_with_their_shapes(trained: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"layer\d.* missing") as caught:
+        evaluate(trained, {"backbone.name": "resnet34"})
+    assert "\n" not in str(caught.value)
+
+
+def test_extracted_features_give_the_same_figures(trained: Path, tmp_path: Path) -> None:
+    for split in ("query", "gallery"):
+        save_features(extract(trained, split=split), tmp_path / f"{split}.npz")
+    evaluator = EVALUATORS.build("retrieval")
+    figures = evaluate_features(tmp_path / "query.npz", tmp_path / "gallery.npz", evaluator)
+    assert figures == evaluate(trained)
+
+
+def test_features_of_a_folder_come_in_the_order_of_its_names(
+    trained: Path, aihub_root: Path
+) -> None:
+    embeddings = extract(trained, images=aihub_root / "aihub_kaist/query")
+    names = [Path(path).name for path in embeddings.paths]
+    assert names == sorted(names)
+    assert embeddings.features.dtype == torch.float32
+    assert torch.equal(embeddings.features, extract(trained, split="query").features)
+
+
+def test_extraction_wants_a_split_or_a_folder(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="either a split"):
+        extract(trained)
+    with pytest.raises(ConfigError, match="no split"):
+        extract(trained, split="test")
+    with pytest.raises(DataError, match="no images"):
+        extract(trained, images=tmp_path)
+
+
+def test_stored_features_have_the_promised_arrays(tmp_path: Path) -> None:
+    embeddings = Embeddings(
+        torch.randn(3, 4), torch.tensor([1, 2, 3]), torch.tensor([0, 0, 1]), ("a", "b", "c")
+    )
+    save_features(embeddings, tmp_path / "f.npz")
+    with np.load(tmp_path / "f.npz", allow_pickle=False) as file:
+        assert file["features"].dtype == np.float32 and file["features"].shape == (3, 4)
+        assert file["pids"].dtype == np.int64 and file["camids"].dtype == np.int64
+    loaded = load_features(tmp_path / "f.npz")
+    assert torch.equal(loaded.features, embeddings.features) and loaded.paths == embeddings.paths
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"features": np.ones((2, 3))}, "lacks pids"),
+        ({"features": np.ones(3), "pids": np.ones(3), "camids": np.ones(3)}, "not .N, D. numbers"),
+        ({"features": np.ones((2, 3)), "pids": np.ones(3), "camids": np.ones(2)}, "differ in len"),
+        ({"features": np.array([[object()]]), "pids": [1], "camids": [1]}, "no .npz file of plain"),
+    ],
+)
+def test_feature_files_that_are_wrong_are_refused(
+    arrays: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "f.npz", **arrays)
+    with pytest.raises(DataError, match=reason):
+        load_features(tmp_path / "f.npz")
+
+
+def test_a_feature_file_that_is_missing_or_no_archive_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no feature file"):
+        load_features(tmp_path / "f.npz")
+    (tmp_path / "f.npz").write_text("<html>")
+    with pytest.raises(DataError, match="no .npz file"):
+        load_features(tmp_path / "f.npz")
+
+
+def test_the_extractor_gives_unit_vectors_for_every_kind_of_crop(
+    trained: Path, aihub_root: Path
+) -> None:
+    paths = sorted((aihub_root / "aihub_kaist/query").glob("*.jpg"))[:3]
+    extractor = FeatureExtractor(trained, device="cpu", batch_size=2)
+    by_path = extractor(paths)
+    images = [Image.open(path) for path in paths]
+    assert torch.equal(by_path, extractor(images))
+    assert torch.equal(by_path, extractor([np.asarray(image) for image in images]))
+    assert torch.allclose(by_path.norm(dim=1), torch.ones(3), atol=1e-6)
+    expected = torch.nn.functional.normalize(extract(trained, split="query").features[:3])
+    assert torch.allclose(by_path, expected, atol=1e-6)
+    assert extractor([]).shape == (0, by_path.shape[1])
+
+
+@pytest.mark.parametrize(
+    "crop", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), "u1")]
+)
+def test_the_extractor_refuses_what_is_no_crop(trained: Path, crop: Any) -> None:
+    with pytest.raises(DataError, match="a crop is"):
+        FeatureExtractor(trained)([crop])
+
+
+# --------------------------------------------------------------------- the picture
+
+
+def test_the_report_shows_queries_by_the_average_precision_of_the_figures(
+    trained: Path, tmp_path: Path
+) -> None:
+    evaluation = evaluate_checkpoint(*open_checkpoint(trained))
+    precision = query_precision(evaluation)
+    valid = precision[~precision.isnan()]
+    assert len(valid) == evaluation.figures["num_valid_queries"]
+    assert valid.mean().item() == pytest.approx(evaluation.figures["mAP"], abs=1e-6)
+    path = draw_report(evaluation, tmp_path / "new folder/ranked.png", rows=2, k=5)
+    with Image.open(path) as image:
+        assert image.format == "PNG" and image.width > 400
+        colours = {colour for _, colour in image.getcolors(1 << 24) or []}
+    assert (179, 38, 30) in colours  # after one epoch something is wrong
+
+
+def test_queries_are_picked_from_both_ends_and_none_twice() -> None:
+    precision = torch.tensor([0.5, float("nan"), 0.9, 0.1, 0.7, 0.3])
+    sections = dict(pick_queries(precision, 2))
+    assert sections["Best"] == [2, 4] and sections["Worst"] == [3, 5]
+    assert sections["Random"] == [0]
+    assert dict(pick_queries(precision[:1], 4)) == {"Best": [0]}
+
+
+def test_loading_a_checkpoint_gives_its_configuration(trained: Path) -> None:
+    checkpoint = load_checkpoint(trained)
+    assert checkpoint.resolved_config().backbone.name == "resnet18"
+    assert checkpoint.preprocessing["size"] == [64, 32]
+    assert checkpoint.training is None
