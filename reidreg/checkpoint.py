@@ -5,16 +5,16 @@ JSON. Nothing in it can execute. A tree of mappings, lists, numbers, strings and
 taking the tensors out of it, so that JSON remains. A SHA-256 over all of it is in the header,
 since the format itself notices truncation but not a flipped bit.
 
-Writing goes to a temporary file in the same folder, which is synced and then renamed: a reader,
-or a resume after a kill, always finds a whole checkpoint.
+Writing goes to a temporary place in the same folder; what stands there is synced and then renamed:
+a reader, or a resume after a kill, always finds a whole checkpoint.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
+import shutil
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,15 +89,16 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata=header)
-        _sync(partial)
-        os.replace(partial, path)
+        # A folder: safetensors writes to a file of a name of its own first, which a kill leaves.
+        partial.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial / path.name, metadata=header)
+        _sync(partial / path.name)
+        os.replace(partial / path.name, path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise CheckpointError(f"cannot write {path}: {_reason(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -120,7 +121,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def remove_partial_files(folder: Path) -> None:
     """Delete what a killed run left half-written."""
     for partial in folder.glob(".*.partial"):
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read(path: Path) -> tuple[str, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -247,14 +247,21 @@ def _loader(
 
 
 def _passed_on(loader: DataLoader[Any]) -> Iterator[Tensor]:
-    """The loader's batches, with errors of the loading processes as ours."""
+    for images in loader:
+        if isinstance(images, _Failure):
+            raise images.error
+        yield images
+
+
+@contextlib.contextmanager
+def loading_processes() -> Iterator[None]:
+    """Turn torch's error for a dead or silent loading process into a DataError of one line.
+
+    torch raises it from a signal handler, so anywhere in the block, also in the middle of a step.
+    """
     try:
-        for images in loader:
-            if isinstance(images, _Failure):
-                raise images.error
-            yield images
+        yield
     except RuntimeError as error:
-        # What torch raises for a dead or silent worker, with the process's number.
         if "DataLoader" not in str(error):
             raise
         reason = str(error).splitlines()[0]
@@ -268,9 +275,6 @@ def _unchanged(value: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    # What the process above has thrown away is not this one's to clean up: shutting down once more
-    # a loader that an error left behind can hang here.
-    gc.freeze()
     if hasattr(os, "setpgrp"):
         # Ctrl-C goes to the whole process group, and so does what `timeout` sends; the run
         # finishes its step and needs its workers for that.

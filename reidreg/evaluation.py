@@ -14,7 +14,7 @@ import torch
 
 from reidreg.checkpoint import Checkpoint, load_checkpoint
 from reidreg.config import Config, InputConfig
-from reidreg.data import Labels, count_workers, eval_loader
+from reidreg.data import Labels, count_workers, eval_loader, loading_processes
 from reidreg.devices import autocast, choose_device, choose_precision
 from reidreg.errors import CheckpointError, ConfigError, DataError
 from reidreg.interfaces import DATASETS, EVALUATORS, Dataset, Evaluator
@@ -75,7 +75,11 @@ class Embedder:
             workers=self.workers,
             pin=cuda,
         )
-        with ProgressBar(what, len(samples)) as bar, autocast(self.device, self.dtype):
+        with (
+            loading_processes(),
+            ProgressBar(what, len(samples)) as bar,
+            autocast(self.device, self.dtype),
+        ):
             for images in batches:
                 images = images.to(
                     self.device, non_blocking=cuda, memory_format=torch.channels_last

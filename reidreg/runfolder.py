@@ -57,6 +57,10 @@ class RunFolder:
         """The kept checkpoint of an epoch."""
         return self.checkpoints / f"epoch_{epoch:04d}.ckpt"
 
+    def saved(self) -> str | None:
+        """The checkpoint to resume from, if there is one."""
+        return str(self.last) if self.last.exists() else None
+
     def open(self) -> None:
         """Make the folder, and find out now whether it can be written to.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reidreg.checkpoint import load_checkpoint, save_checkpoint
 from reidreg.config import Config
+from reidreg.data import loading_processes
 from reidreg.describe import announce, describe_evaluation, describe_step, validation_figures
 from reidreg.devices import autocast
 from reidreg.errors import DataError, DeviceError, DivergedError, InterruptedRun
@@ -85,10 +86,13 @@ def train(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals
         # Due before anything else after a resume that fell into an evaluation.
         if not evaluation_due(run):
             try:
-                train_epoch(run, folder, metrics, signals)
+                with loading_processes():
+                    train_epoch(run, folder, metrics, signals)
             except DataError:
-                # A scheduler that stops a job may signal the loading processes as well.
-                stop_if_asked(run, folder, signals)
+                # Some schedulers end the loading processes together with the run. The step under
+                # way may be half done then, so what counts is what was saved before.
+                if signals.received is not None:
+                    raise InterruptedRun(signals.received, folder.saved()) from None
                 raise
             save_checkpoint(capture(run), folder.last)
         if evaluation_due(run):
@@ -176,7 +180,7 @@ def evaluation_due(run: Run) -> bool:
 def evaluate_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
     """Evaluate the model as it is; keep it as `best` if it is."""
     progress = run.progress
-    with signals.immediate(str(folder.last) if folder.last.exists() else None):
+    with signals.immediate(folder.saved()):
         figures, _, _ = evaluate_dataset(run.embedder, run.evaluator, run.dataset)
     progress.metrics, progress.evaluated = figures, progress.epoch
     write_metrics(figures, folder.metrics)

@@ -40,9 +40,7 @@ def test_a_configuration_resolves_and_reads_back(names: tuple[str, ...]) -> None
     assert again == values
     assert load_config(again) == config
     assert config_from_dict(values).as_dict() == values
-    assert advice(config) == [
-        line for line in advice(config) if line.startswith("losses turned off by weight 0: ")
-    ]
+    assert all(line.startswith("losses turned off by weight 0: ") for line in advice(config))
 
 
 @pytest.mark.parametrize("names", CHOICES, ids="+".join)
@@ -155,4 +153,4 @@ def test_the_quickstart_needs_no_data_no_download_and_no_login() -> None:
     assert config.dataset.name == "synthetic"
     assert config.backbone.options["pretrained"] == "none"
     assert config.wandb.mode == "disabled"
-    assert config.train.eval_untrained and config.train.epochs <= 10
+    assert config.train.eval_untrained

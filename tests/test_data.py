@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import multiprocessing
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -314,6 +316,29 @@ def test_evaluation_sees_every_image_once_and_in_order(
     images = torch.cat(batches)
     assert (images[:, 0, 0, 0] * 25.5).round().tolist() == list(range(12))
     assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_loading_process_outlives_a_failure(
+    training: bool, samples: list[Sample], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(JPEG[:100])
+    damaged = [Sample(str(broken), sample.pid, 1) for sample in samples]
+    transform = eval_transform(InputConfig(size=(32, 16)), MEAN, STD)
+    gc.collect()
+    before, failed = set(multiprocessing.active_children()), False
+    gc.disable()  # the processes must not wait for it
+    try:
+        if training:
+            list(loader_of(damaged, workers=2).epoch(0))
+        else:
+            list(eval_loader(damaged, transform, batch_size=3, workers=2, pin=False))
+    except DataError:
+        failed = True
+    finally:
+        gc.enable()
+    assert failed and set(multiprocessing.active_children()) <= before
 
 
 def test_no_images_are_no_batches() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,14 @@ def test_bad_text_is_refused_with_its_line(text: str, line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "tag", ["python/object:os.X", "python/object/apply:os.system", "python/name:os.system", "python/tuple"]
-)  # fmt: skip
+    "tag",
+    [
+        "python/object:os.X",
+        "python/object/apply:os.system",
+        "python/name:os.system",
+        "python/tuple",
+    ],
+)
 def test_tags_of_python_are_refused(tag: str) -> None:
     assert f"python/{tag.split('/')[1][:4]}" in refused(f"a: !!{tag} [x]")
     assert "python" in refused(f"!!{tag} [x]")
@@ -160,8 +167,6 @@ def test_a_file_just_within_the_limit_is_read(tmp_path: Path) -> None:
 
 
 def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
-    import os
-
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_text, args=("a: 1\n",))

@@ -8,7 +8,8 @@ from pathlib import Path
 from reidreg import DATASETS, Dataset, Sample
 from reidreg_plugins.datasets.folders import FolderReader, find_root
 
-PATTERN = r"(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+\.\w+"
+# The published images have some names that end in .jpg.jpg; they count.
+PATTERN = r"(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+(\.\w+)+"
 OFFICIAL = {"train": 12_936, "query": 3_368, "gallery": 19_732}
 
 
