@@ -249,7 +249,9 @@ def _loader(
 def _passed_on(loader: DataLoader[Any]) -> Iterator[Tensor]:
     for images in loader:
         if isinstance(images, _Failure):
-            raise images.error
+            # A new error: the old one would be held by its own traceback, and with it the loader,
+            # whose processes would outlive the failure.
+            raise DataError(str(images.error))
         yield images
 
 

@@ -247,7 +247,7 @@ def _names_in(values: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(losses, Mapping):
         raise ConfigError(f"losses: expected terms with names and options, got {shown(losses)}")
     for term, loss in losses.items():
-        if not _TERM.fullmatch(str(term)):
+        if not (isinstance(term, str) and _TERM.fullmatch(term)):
             raise ConfigError(f"losses.{shown(term)}: a term is named by letters, digits and '_'")
         sections[f"losses.{term}"] = loss
     names = {}
@@ -400,7 +400,7 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
         return max(whole, 0.6 * leaf + 0.4 * whole, 0.9 * leaf if "." not in key else 0.0)
 
     # Not the section that the key is in already.
-    others = (candidate for candidate in known if not key.startswith(f"{candidate}."))
+    others = sorted(candidate for candidate in known if not key.startswith(f"{candidate}."))
     best = max(others, key=likeness, default=None)
     return f"; did you mean {shown(best)!r}?" if best and likeness(best) >= 0.6 else ""
 

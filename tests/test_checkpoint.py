@@ -262,14 +262,11 @@ class Malicious:
 
 def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
-    for name, write in {
-        "zip.pth": lambda path: torch.save({"state_dict": Malicious(marker)}, path),
-        "legacy.pth": lambda path: torch.save(
-            Malicious(marker), path, _use_new_zipfile_serialization=False
-        ),
-        "plain.ckpt": lambda path: path.write_bytes(pickle.dumps(Malicious(marker))),
-    }.items():
-        write(tmp_path / name)
+    evil = Malicious(marker)
+    torch.save({"state_dict": evil}, tmp_path / "zip.pth")
+    torch.save(evil, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(evil))
+    for name in ("zip.pth", "legacy.pth", "plain.ckpt"):
         with pytest.raises(CheckpointError, match="no checkpoint of reidreg"):
             load_checkpoint(tmp_path / name)
     assert not marker.exists()

@@ -325,6 +325,12 @@ def test_a_wrong_flag_or_name_is_answered_with_what_was_meant(
         ({"losses": {"id": None}}, "losses.id: expected a name and options, got null"),
         ({"losses": {"tripet": {"margin": 1}}}, "losses.tripet: this term has no name; did you "
          "mean 'losses.triplet'?"),
+        ({"losses": {None: {"name": "triplet"}}}, "losses.null: a term is named by letters, digits "
+         "and '_'"),
+        ({"losses": {True: {"name": "triplet"}}}, "losses.true: a term is named by letters, digits "
+         "and '_'"),
+        ({5: 1}, "5: no such key"),
+        ({"train": {5: 1}}, "train.5: no such key; did you mean 'train.seed'?"),
         ({"losses": {"a.b": {"name": "x"}}}, "losses.a.b: a term is named by letters, digits and "
          "'_'"),
         ({"losses": {"id": {"weight": 0}, "triplet": {"weight": 0}}}, "losses: every term has "
@@ -785,7 +791,8 @@ def test_a_dotted_path_is_never_imported(
         if not isinstance(RESOLVED[key], str) and key != "init_from":
             refused(f"--{key}={path}")
         refused("--config", in_file(nested(key, {"class_path": path, "init_args": {}})))
-    refused("--optimizer.name", path)
+    with pytest.raises(ConfigError, match=r"^optimizer\.name: no optimizer 'evil_module\.Evil'"):
+        load_config("aihub_kaist", {"optimizer.name": path})
     refused("--config", in_file({"losses": {"evil": {"name": path}}}))
     Path("x.yaml").write_text("dataset: !!python/object:evil_module.Evil {}\n")
     refused("--config", "x.yaml")

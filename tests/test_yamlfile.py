@@ -111,12 +111,13 @@ def test_a_safe_loader_of_another_make_reads_the_same() -> None:
     [
         ("a: 1\na: 2", "here, line 2: the key 'a' stands here twice"),
         ("x: {b: {a: 1, 'a': 2}}", "here, line 1: the key 'a' stands here twice"),
-        ("1: a", "here, line 1: the key 1 is not text"),
-        ("x:\n  true: a", "here, line 2: the key true is not text"),
-        ("null: a", "here, line 1: the key null is not text"),
-        ("[a]: b", "here, line 1: a key is not text"),
-        ("{a: b}: c", "here, line 1: a key is not text"),
-        ("<<: {a: b}", "here, line 1: the key << is not text"),
+        ("1: a\n1: b", "here, line 2: the key '1' stands here twice"),
+        ("[a]: b", "here, line 1: found unhashable key"),
+        ("{a: b}: c", "here, line 1: found unhashable key"),
+        (
+            "<<: a",
+            "here, line 1: expected a mapping or list of mappings for merging, but found scalar",
+        ),
         ("a: !!map x", "here, line 1: expected a mapping node, but found scalar"),
         ("a: !!int x", "here: invalid literal for int() with base 10: 'x'"),
         ("a: &x 1\nb: *x", "here: aliases (*x) are not supported"),
@@ -147,7 +148,7 @@ def test_tags_of_python_are_refused(tag: str) -> None:
 
 
 def test_long_tags_keys_and_anchors_make_short_lines() -> None:
-    for text in ("a: !!{0} [x]", "a: *{0}", "{0}: 1\n{0}: 2", "!<{0}> a", "? 1{0}\n"):
+    for text in ("a: !!{0} [x]", "a: *{0}", "{0}: 1\n{0}: 2", "!<{0}> a"):
         refused(text.format("1" * 120))
 
 
