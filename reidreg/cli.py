@@ -345,7 +345,7 @@ def plugins_command(arguments: list[str]) -> int:
     if own.json:
         print(json.dumps({"parts": parts, "broken": broken}, indent=2))
         return 0
-    widths = [max(len(part[key]) for part in parts) for key in ("kind", "name", "origin")]
+    widths = [max((len(p[key]) for p in parts), default=0) for key in ("kind", "name", "origin")]
     for part in parts:
         cells = [part[k].ljust(w) for k, w in zip(("kind", "name", "origin"), widths, strict=True)]
         print("  ".join([*cells, part["summary"]]))

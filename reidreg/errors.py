@@ -73,7 +73,7 @@ class InterruptedRun(Exception):
         return 128 + self.signum
 
 
-_SHOWN = 20  # as many names as a reader looks through
+_SHOWN = 12  # as many names as a reader looks through
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -86,7 +86,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     Returns:
         `"; did you mean 'x'?"` if one is near, else `"; known: a, b, c"`, else an empty string.
     """
-    names = sorted(known)
+    names = sorted(set(known))
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"

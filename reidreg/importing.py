@@ -23,7 +23,7 @@ from reidreg.errors import ConfigError, did_you_mean
 from reidreg.interfaces import BACKBONES, DATASETS, IMAGENET_MEAN, IMAGENET_STD
 from reidreg.optimizers import optimizer_class
 from reidreg.parsing import load_config
-from reidreg.registry import options_of
+from reidreg.schema import options_of
 from reidreg.yamlfile import dump_yaml, read_yaml
 
 Section = dict[str, Any]

@@ -34,7 +34,8 @@ from reidreg.config import (
     config_from_dict,
 )
 from reidreg.errors import ConfigError, did_you_mean
-from reidreg.registry import (
+from reidreg.schedules import SCHEDULES
+from reidreg.schema import (
     RUN_TIME_FACTS,
     Option,
     check_limits,
@@ -43,7 +44,6 @@ from reidreg.registry import (
     options_of,
     shown,
 )
-from reidreg.schedules import SCHEDULES
 from reidreg.yamlfile import read_yaml
 
 Layer = str | Path | Mapping[str, Any]
@@ -550,6 +550,8 @@ def _check_values(resolved: dict[str, Any], groups: list[Group]) -> None:
         if group.key:
             own = {name: section[name] for name in group.own_options()}
             check_options(group.part, own, group.key, group.facts)
+    if not resolved["output_dir"]:
+        raise ConfigError("output_dir: expected a folder, got an empty text")
     losses = resolved["losses"]
     if losses and all(loss["weight"] == 0 for loss in losses.values()):
         raise ConfigError("losses: every term has weight 0, so there is nothing to train")

@@ -52,11 +52,6 @@ _importing: ContextVar[Plugin | None] = ContextVar("importing", default=None)
 _loaded: list[Plugin] | None = None
 
 
-def importing() -> Plugin | None:
-    """The plugin that is being imported at this moment, if any."""
-    return _importing.get()
-
-
 def load_plugins() -> tuple[Plugin, ...]:
     """Import every installed plugin once; a second call only returns what the first found.
 
@@ -94,14 +89,33 @@ def _wanted(found: list[EntryPoint]) -> list[EntryPoint]:
     return [entry for entry in found if entry.name in names]
 
 
-def _load(entry: EntryPoint) -> Plugin:
+def origin_of(module: str) -> Plugin:
+    """The plugin that a part belongs to whose module registers it at this moment.
+
+    That is the one being imported; but somebody may also import a plugin's module by hand, before
+    the plugins are loaded, or register a part of their own in a script.
+    """
+    plugin = _importing.get()
+    if plugin is not None:
+        return plugin
+    for entry in entry_points(group=GROUP):
+        if module == entry.value or module.startswith(f"{entry.value}."):
+            return _described(entry)
+    return Plugin(name=module, module=module)
+
+
+def _described(entry: EntryPoint) -> Plugin:
     dist = entry.dist
-    plugin = Plugin(
+    return Plugin(
         name=entry.name,
         module=entry.value,
         distribution=(dist.name or "") if dist else "",
         version=(dist.version or "") if dist else "",
     )
+
+
+def _load(entry: EntryPoint) -> Plugin:
+    plugin = _described(entry)
     start = time.perf_counter()
     with _as_importing(plugin):
         try:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from reidreg.checkpoint import Checkpoint, load_checkpoint
 from reidreg.config import Config, plain
 from reidreg.data import Labels, TrainLoader, count_workers, labels_of, training_samples
+from reidreg.devices import choose_device
 from reidreg.errors import CheckpointError, DataError
 from reidreg.evaluation import Embedder, load_weights, make_embedder
 from reidreg.interfaces import DATASETS, EVALUATORS, SAMPLERS, Dataset, Evaluator, Sampler
@@ -70,6 +71,7 @@ class Run:
 def build_run(config: Config) -> Run:
     """Build every part of a run; weights are random, and the data's labels are checked."""
     seed_everything(config.train.seed)
+    choose_device(config.train.device)  # a missing one is said before the data are read
     dataset = DATASETS.build(config.dataset.name, **config.dataset.options)
     evaluator = EVALUATORS.build(config.evaluator.name, **config.evaluator.options)
     samples = training_samples(dataset)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Command, as_flags
 
+from conftest import Command, as_flags
 from reidreg import cli
 from reidreg.cli import COMMANDS, main
 

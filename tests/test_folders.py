@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from reidreg_plugins.datasets.aihub_kaist import OFFICIAL
 
 from reidreg import DATASETS, DataError, Dataset, Sample
 from reidreg.data import statistics
 from reidreg.errors import ConfigError
+from reidreg_plugins.datasets.aihub_kaist import OFFICIAL
 
 # Names of the real data sets.
 TRAIN = ["0000_c07s32_005875.jpg", "0001_c04s31_001150.jpg", "0074_c14s32_001450.jpg"]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from reidreg_plugins.heads.pooling import GeM, Pool
 from torch import Tensor, nn
 
 from reidreg import HEADS, Head
+from reidreg_plugins.heads.pooling import GeM, Pool
 
 
 def bnneck(**options: Any) -> Head:

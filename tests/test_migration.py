@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from conftest import Command, as_flags
 
+from conftest import Command, as_flags
 from reidreg import fit, load_checkpoint, load_config
 
 # What the guide does, and what is typed for it beside `reidreg fit --config aihub_kaist`.
@@ -46,6 +46,8 @@ ROWS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_guides_command_runs(row: str, tiny: dict[str, Any], reidreg: Command) -> None:
+    if row == "softmax alone":
+        del tiny["sampler.instances"]  # shuffled batches know no identities
     result = reidreg("fit", "--config", "configs/aihub_kaist.yaml", *as_flags(tiny), *ROWS[row])
     assert result.returncode == 0, result.stderr
     assert "mAP" in result.stdout

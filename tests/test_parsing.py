@@ -16,15 +16,15 @@ from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 import yaml
-from conftest import Command, as_flags
 
+from conftest import Command, as_flags
 from reidreg import EVALUATORS, LOSSES, SAMPLERS, ReidregError, load_config
 from reidreg.cli import main
 from reidreg.config import FIXED_SECTIONS, Config
 from reidreg.errors import ConfigError, UnknownNameError
 from reidreg.parsing import find_config, parse, resolve, shipped_configs
-from reidreg.registry import RUN_TIME_FACTS, bounds_of, options_of
 from reidreg.schedules import SCHEDULES
+from reidreg.schema import RUN_TIME_FACTS, bounds_of, options_of
 
 Refused = Callable[..., str]
 
@@ -765,9 +765,9 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 def test_hostile_text_is_refused_within_a_second(refused: Refused, text: str) -> None:
     Path("x.yaml").write_text(text)
-    start = time.perf_counter()
+    start = time.process_time()
     refused("--config", "x.yaml")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 # --------------------------------------------------------------------- nothing is executed

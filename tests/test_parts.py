@@ -32,7 +32,7 @@ from reidreg import (
     load_config,
 )
 from reidreg.interfaces import REGISTRIES
-from reidreg.registry import RUN_TIME_FACTS, options_of
+from reidreg.schema import RUN_TIME_FACTS, options_of
 
 PIDS = [0, 0, 1, 1, 1, 2, 3, 3, 4, 4, 4, 4, 4, 5, 5]
 DIM, CLASSES = 16, 6

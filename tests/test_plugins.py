@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, as_flags
 
+from conftest import Command, as_flags
 from reidreg.plugins import GROUP, load_plugins
 
 EXAMPLE = Path(__file__).parent / "example_plugin"
@@ -353,3 +353,14 @@ def test_plugins_are_loaded_once() -> None:
     assert load_plugins() == first
     assert [plugin.name for plugin in first if plugin.module == "reidreg_plugins"] == ["builtin"]
     assert all(plugin.seconds >= 0 for plugin in first)
+
+
+def test_a_plugin_imported_by_hand_first_is_still_the_origin_of_its_parts() -> None:
+    code = (
+        "import reidreg_plugins\nfrom reidreg import LOSSES\n"
+        "print(LOSSES.plugin('triplet').name, len(LOSSES))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.split()[0] == "builtin" and int(shown.split()[1]) >= 3

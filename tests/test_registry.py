@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from reidreg import BACKBONES, HEADS, LOSSES, SAMPLERS, Loss, Registry
 from reidreg.errors import ConfigError, PluginError, UnknownNameError
 from reidreg.interfaces import REGISTRIES
-from reidreg.registry import (
+from reidreg.schema import (
     RUN_TIME_FACTS,
     check_limits,
     check_schema,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reidreg_plugins.samplers.identity import count_batches
 
 from reidreg import SAMPLERS, DataError, Sampler
 from reidreg.errors import ConfigError
+from reidreg_plugins.samplers.identity import count_batches
 
 
 def identity(pids: Sequence[int], batch_size: int, instances: int, seed: int = 0) -> Sampler:

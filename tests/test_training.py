@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import as_flags
 
+from conftest import as_flags
 from reidreg import Config, fit, load_checkpoint, load_config
 from reidreg.checkpoint import save_checkpoint
 from reidreg.errors import CheckpointError, ConfigError, DataError, DivergedError

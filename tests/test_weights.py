@@ -13,12 +13,12 @@ import pytest
 import timm
 import torch
 import torchvision
-from reidreg_plugins.backbones.weights import load_weights_file, read_weights, without_prefix
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reidreg import BACKBONES, Backbone, DataError
 from reidreg.errors import ConfigError
+from reidreg_plugins.backbones.weights import load_weights_file, read_weights, without_prefix
 
 State = dict[str, Tensor]
 
