@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	@echo "figures: $(RUN)/metrics.json   ranked galleries: $(RUN)/report/ranked.png"
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

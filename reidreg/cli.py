@@ -102,6 +102,9 @@ def _usage() -> str:
 class _Parser(argparse.ArgumentParser):
     """argparse with errors of one line, and the nearest name for a mistyped option."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
@@ -363,7 +366,7 @@ def synthesize_command(arguments: list[str]) -> int:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="it will hold query/")
     parser.add_argument("--layout", choices=("aihub_kaist", "market1501"), default="aihub_kaist")
-    parser.add_argument("--identities", type=int, default=60, metavar="N")
+    parser.add_argument("--identities", type=int, default=80, metavar="N")
     parser.add_argument("--cameras", type=int, default=6, metavar="N")
     parser.add_argument("--images_per_camera", type=int, default=4, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,12 @@ class FeatureExtractor:
         self._transform = eval_transform(size, size.mean, size.std)
         self._embedder.model.eval()
 
+    @functools.cached_property
+    def _width(self) -> int:
+        """The length of a feature, as the model gives it: a head may join several."""
+        height, width = self._embedder.input.size
+        return self([Image.new("RGB", (width, height))]).shape[1]
+
     @torch.inference_mode()
     def __call__(self, crops: Sequence[Crop]) -> Tensor:
         """Compute the features of crops.
@@ -54,8 +61,7 @@ class FeatureExtractor:
             DataError: A crop is empty, cannot be read, or is not an RGB image.
         """
         if not len(crops):
-            width = self._embedder.model.head.dim
-            return torch.empty(0, width)
+            return torch.empty(0, self._width)
         embedder, batch = self._embedder, self._embedder.batch_size
         features = []
         with autocast(embedder.device, embedder.dtype):

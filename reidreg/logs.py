@@ -47,6 +47,13 @@ class _StdoutHandler(logging.StreamHandler[Any]):
         self.stream = sys.stdout
         super().emit(record)
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Fall silent where nobody reads on, as in `reidreg fit | head`; the run goes on."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            logger.removeHandler(self)
+        else:
+            super().handleError(record)
+
 
 def log_to_console() -> None:
     """Show the log's lines on stdout, as the command line does; a second call changes nothing."""

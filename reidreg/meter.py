@@ -20,6 +20,7 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._images = 0
+        self._losses: list[str] = []
         self._start = time.perf_counter()
         self.short = ""
 
@@ -41,10 +42,11 @@ class Meter:
             pids: (B,) labels.
         """
         figures = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
+        self._losses = list(figures)
         if logits is not None:
             figures["train/accuracy"] = (logits.argmax(dim=1) == pids).float().mean()
         for key, value in figures.items():
-            value = value.detach().double()
+            value = value.detach().float()
             self._sums[key] = self._sums[key] + value if key in self._sums else value
         self._steps += 1
         self._images += len(pids)
@@ -63,9 +65,9 @@ class Meter:
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
             figures["train/peak_memory_gib"] = peak / 2**30
-        self.short = (
-            f"loss {figures['train/loss']:.3f}  {figures['train/images_per_second']:.0f} images/s"
-        )
+        losses = [f"{key.removeprefix('train/')} {figures[key]:.2f}" for key in self._losses]
+        speed = f"{figures['train/images_per_second']:.0f} images/s"
+        self.short = " ".join([*losses, speed])
         self._sums, self._steps, self._images = {}, 0, 0
         self._start = time.perf_counter()
         return figures

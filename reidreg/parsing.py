@@ -49,6 +49,7 @@ from reidreg.yamlfile import read_yaml
 Layer = str | Path | Mapping[str, Any]
 
 DEFAULT_SCHEDULE = "multistep"
+_LOGGED = ("loss", "accuracy", "lr", "images_per_second", "peak_memory_gib")
 _TERM = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 _INHERITED = object()  # a key that no file can hold
 
@@ -249,6 +250,8 @@ def _names_in(values: Mapping[str, Any]) -> dict[str, str]:
     for term, loss in losses.items():
         if not (isinstance(term, str) and _TERM.fullmatch(term)):
             raise ConfigError(f"losses.{shown(term)}: a term is named by letters, digits and '_'")
+        if term in _LOGGED:
+            raise ConfigError(f"losses.{term}: this name is taken in the log; use another")
         sections[f"losses.{term}"] = loss
     names = {}
     for key, section in sections.items():

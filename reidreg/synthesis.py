@@ -74,7 +74,7 @@ class Request:
     """
 
     layout: Layout = "aihub_kaist"
-    identities: int = 60
+    identities: int = 80
     cameras: int = 6
     images_per_camera: int = 4
     seed: int = 0
@@ -375,7 +375,7 @@ def synthesize(
     output: str | Path,
     *,
     layout: Layout = "aihub_kaist",
-    identities: int = 60,
+    identities: int = 80,
     cameras: int = 6,
     images_per_camera: int = 4,
     seed: int = 0,

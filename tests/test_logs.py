@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from conftest import as_flags
 from reidreg import fit, load_config
 from reidreg.logs import MetricsLog, log_to_file, logger, wandb_obstacle
 
@@ -171,3 +173,14 @@ def test_the_log_is_appended_to_and_keeps_an_errors_traceback(tmp_path: Path) ->
     text = path.read_text()
     assert text.index("first") < text.index("second") < text.index("Traceback")
     assert not any(isinstance(h, logging.FileHandler) for h in logger.handlers)
+
+
+def test_a_reader_that_goes_away_does_not_stop_a_run(tiny: dict[str, Any]) -> None:
+    command = [sys.executable, "-m", "reidreg", "fit", "--config", "aihub_kaist", *as_flags(tiny)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == ""
+    assert (Path(tiny["output_dir"]) / "metrics.json").exists()

@@ -954,3 +954,9 @@ def test_some_sections_alone_can_be_resolved() -> None:
             commands={},
             sections=("evaluator",),
         )
+
+
+@pytest.mark.parametrize("term", ["loss", "accuracy", "lr"])
+def test_a_term_is_not_called_as_another_figure_of_the_log(term: str) -> None:
+    with pytest.raises(ConfigError, match=rf"losses\.{term}: this name is taken in the log"):
+        load_config("aihub_kaist", {f"losses.{term}": {"name": "center"}})

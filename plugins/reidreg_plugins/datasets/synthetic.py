@@ -30,7 +30,7 @@ class Synthetic(Dataset):
     def __init__(
         self,
         root: str = "data",
-        identities: Annotated[int, Ge(8)] = 60,
+        identities: Annotated[int, Ge(8)] = 80,
         cameras: Annotated[int, Ge(2)] = 6,
         images_per_camera: Annotated[int, Ge(1)] = 4,
         data_seed: Annotated[int, Ge(0)] = 0,
