@@ -140,7 +140,7 @@ def test_another_part_keeps_shared_options_and_drops_foreign_ones(
     config = load_config("aihub_kaist", below, *above, flags=given)
     assert config.dataset.options["root"] == "elsewhere"
     assert "train_folder" not in config.dataset.options
-    assert config.dataset.options["identities"] == 60
+    assert config.dataset.options["identities"] == 80
     assert config.schedule.options["warmup_epochs"] == 3
     assert "milestones" not in config.schedule.options
 
