@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from reidreg.checkpoint import Checkpoint, load_checkpoint
+from reidreg.checkpoint import Checkpoint
 from reidreg.config import Config, plain
 from reidreg.data import Labels, TrainLoader, count_workers, labels_of, training_samples
 from reidreg.devices import choose_device
@@ -136,11 +136,10 @@ def check_splits(dataset: Dataset, evaluator: Evaluator) -> None:
         logger.info("note: %s", note)
 
 
-def start_weights(run: Run) -> None:
+def start_weights(run: Run, init_from: Checkpoint | None) -> None:
     """Give a new run its first weights: a checkpoint's of ours, or the backbone's pretrained."""
-    if run.config.init_from is not None:
-        checkpoint = load_checkpoint(run.config.init_from)
-        logger.info("%s", load_matching(run.model, checkpoint, run.embedder.labels))
+    if init_from is not None:
+        logger.info("%s", load_matching(run.model, init_from, run.embedder.labels))
         return
     report = run.model.backbone.load_pretrained()
     if report is not None:

@@ -48,13 +48,15 @@ def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
     folder.open()
     with folder.exclusive(), log_to_file(folder.log), StopSignals() as signals:
         source = folder.to_resume(resume)
-        checkpoint = load_checkpoint(source) if source else None
+        # Before anything slow: a wrong path is said at once.
+        start = source or config.init_from
+        checkpoint = load_checkpoint(start) if start else None
         run = build_run(config)
-        if checkpoint is not None:
+        if source is not None and checkpoint is not None:
             restore(run, checkpoint)
             logger.info("resumed from %s at step %d", source, run.progress.step)
         else:
-            start_weights(run)
+            start_weights(run, checkpoint)
             aside = folder.set_earlier_run_aside()
             if aside is not None:
                 logger.info("files of an earlier run are now in %s", aside)

@@ -120,3 +120,15 @@ def test_a_configuration_of_the_reference_is_translated(reidreg: Command, tmp_pa
     assert result.returncode == 0, result.stderr
     (tmp_path / "new.yaml").write_text(result.stdout)
     assert load_config(tmp_path / "new.yaml").optimizer.lr == 0.0007
+
+
+def test_weights_that_cannot_be_downloaded_are_one_line_with_two_ways_out(
+    tiny: dict[str, Any], reidreg: Command, tmp_path: Path
+) -> None:
+    flags = as_flags({**tiny, "backbone.pretrained": "imagenet"})
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
+    result = reidreg("fit", "--config", "aihub_kaist", *flags, **offline)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "resnet18.tv_in1k" in line
+    assert "--backbone.pretrained FILE" in line and "none" in line

@@ -425,3 +425,9 @@ def test_a_loading_process_that_dies_is_named_in_one_line(tiny: Values) -> None:
     assert process.returncode == 2, errors
     (line,) = errors.strip().splitlines()
     assert "loading process" in line and "--train.workers" in line
+
+
+def test_a_missing_init_from_is_said_before_the_data_are_read(tiny: Values) -> None:
+    config = configure(tiny, init_from="none.ckpt", dataset__root="/nowhere")
+    with pytest.raises(CheckpointError, match=r"no checkpoint at none\.ckpt"):
+        fit(config)

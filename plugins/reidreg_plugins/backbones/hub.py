@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,10 @@ def load_from_hub(module: nn.Module, name: str, **options: Any) -> str:
     """
     import timm
 
+    # The hub's client tells of each of its tries; what counts is said once, below.
+    client = logging.getLogger("huggingface_hub")
+    level = client.level
+    client.setLevel(logging.ERROR)
     try:
         source = timm.create_model(name, pretrained=True, num_classes=0, **options)
     except (OSError, RuntimeError, ValueError) as error:
@@ -33,5 +38,7 @@ def load_from_hub(module: nn.Module, name: str, **options: Any) -> str:
             f"backbone.pretrained: cannot download {name} ({reason}); give a local file with "
             "--backbone.pretrained FILE, or none to start from random weights"
         ) from error
+    finally:
+        client.setLevel(level)
     module.load_state_dict(source.state_dict())
     return f"pretrained weights: {name}"
