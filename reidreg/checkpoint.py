@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from reidreg.config import Config, config_from_dict
@@ -128,20 +128,23 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     """The text and the tensors of a file, checked."""
     size = _size(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            header: dict[str, str] = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise CheckpointError(
-                    f"{path} is a safetensors file, but no checkpoint of reidreg; weights of "
-                    "other systems load through --backbone.pretrained"
-                )
-            if int(header["version"]) > VERSION:
-                raise CheckpointError(
-                    f"{path} has format {header['version']}, this reidreg reads up to {VERSION}: "
-                    "upgrade reidreg"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            content, digest = header["content"], header["sha256"]
+        # In one piece: safetensors' own reader opens the path twice, and beside a run that saves
+        # it would find the header of one checkpoint and the tensors of the next.
+        data = path.read_bytes()
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        header: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        if header.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} is a safetensors file, but no checkpoint of reidreg; weights of "
+                "other systems load through --backbone.pretrained"
+            )
+        if int(header["version"]) > VERSION:
+            raise CheckpointError(
+                f"{path} has format {header['version']}, this reidreg reads up to {VERSION}: "
+                "upgrade reidreg"
+            )
+        content, digest = header["content"], header["sha256"]
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path} is damaged or no checkpoint of reidreg ({size:,} bytes; {_reason(error)})"

@@ -37,7 +37,7 @@ from reidreg.errors import DivergedError, InterruptedRun, ReidregError
 logger = logging.getLogger("reidreg")
 
 
-class _StdoutHandler(logging.StreamHandler[Any]):
+class _StdoutHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic since 3.11
     """Writes to the sys.stdout of the moment, which a progress bar may have replaced."""
 
     def __init__(self) -> None:
