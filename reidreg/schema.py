@@ -58,7 +58,8 @@ class Option:
 
 def options_of(part: type, facts: frozenset[str] = RUN_TIME_FACTS) -> dict[str, Option]:
     """The options of a class: its constructor's parameters without run-time facts."""
-    hints = typing.get_type_hints(part.__init__, include_extras=True)  # type: ignore[misc]
+    # Not typing.get_type_hints: before 3.11 it makes a type optional whose default is None.
+    hints = inspect.get_annotations(part.__init__, eval_str=True)  # type: ignore[misc]
     return {
         name: Option(name, hints[name], parameter.default)
         for name, parameter in inspect.signature(part).parameters.items()
