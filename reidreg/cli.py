@@ -295,21 +295,23 @@ def extract_command(arguments: list[str]) -> int:
         "output": {"metavar": "NPZ", "default": None, "help": "the file to write"},
     }
     ckpt = _value_of("--ckpt", flags)
-    base: list[Any] = []
+    checkpoint = None
     if ckpt is not None:
         from reidreg.checkpoint import load_checkpoint
 
-        base = [load_checkpoint(ckpt).config]
+        checkpoint = load_checkpoint(ckpt)
     elif "--help" not in flags and "-h" not in flags:
         raise ConfigError("give --ckpt FILE")
+    base = [checkpoint.config] if checkpoint is not None else []
     config, own = parse(
         [*base, *configs], flags, prog="reidreg extract", description=_EXTRACT, commands=commands
     )
     if own["output"] is None:
         raise ConfigError("give --output FILE.npz")
-    from reidreg.evaluation import extract, save_features
+    assert checkpoint is not None  # without one, only --help comes this far, and it has left
+    from reidreg.evaluation import extract_checkpoint, save_features
 
-    embeddings = extract(own["ckpt"], config.as_dict(), split=own["split"], images=own["images"])
+    embeddings = extract_checkpoint(checkpoint, config, split=own["split"], images=own["images"])
     save_features(embeddings, own["output"])
     count, width = embeddings.features.shape
     print(f"{count} features of {width} numbers: {own['output']}")

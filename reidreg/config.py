@@ -174,6 +174,8 @@ FIXED_SECTIONS: dict[str, type] = {
     "train": TrainConfig,
     "wandb": WandbConfig,
 }
+# What the log says of training besides the terms of the loss, behind `train/`.
+TRAINING_FIGURES = ("loss", "accuracy", "lr", "images_per_second", "peak_memory_gib")
 PART_SECTIONS = ("dataset", "sampler", "backbone", "head", "evaluator")
 ORDER = (
     "dataset",

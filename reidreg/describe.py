@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reidreg.config import advice
+from reidreg.config import TRAINING_FIGURES, advice
 from reidreg.data import count_workers, statistics
 from reidreg.interfaces import Dataset
 from reidreg.logs import logger
@@ -70,12 +70,7 @@ def describe_step(figures: Mapping[str, float], batch: int, steps: int, epochs: 
     )
 
 
-_APART = {
-    "train/accuracy",
-    "train/lr",
-    "train/images_per_second",
-    "train/peak_memory_gib",
-}
+_APART = {f"train/{name}" for name in TRAINING_FIGURES} - {"train/loss"}
 
 
 def describe_evaluation(figures: Mapping[str, Any], epoch: int) -> str:

@@ -269,9 +269,17 @@ def extract(
     Raises:
         ConfigError: Not exactly one of split and images is given.
     """
+    return extract_checkpoint(
+        *open_checkpoint(ckpt, *layers, flags=flags), split=split, images=images
+    )
+
+
+def extract_checkpoint(
+    checkpoint: Checkpoint, config: Config, *, split: str | None, images: str | Path | None
+) -> Embeddings:
+    """As `extract`, of a checkpoint that is read and a configuration that is resolved."""
     if (split is None) == (images is None):
         raise ConfigError("extract: give either a split (train, query, gallery) or images DIR")
-    checkpoint, config = open_checkpoint(ckpt, *layers, flags=flags)
     if images is not None:
         samples, what = folder_samples(Path(images)), str(images)
     else:

@@ -12,10 +12,10 @@ import argparse
 import contextlib
 import difflib
 import importlib.resources
+import inspect
 import os
 import re
 import stat
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from reidreg.config import (
     FIXED_SECTIONS,
     ORDER,
     PART_SECTIONS,
+    TRAINING_FIGURES,
     Config,
     LossConfig,
     RunConfig,
@@ -49,7 +50,6 @@ from reidreg.yamlfile import read_yaml
 Layer = str | Path | Mapping[str, Any]
 
 DEFAULT_SCHEDULE = "multistep"
-_LOGGED = ("loss", "accuracy", "lr", "images_per_second", "peak_memory_gib")
 _TERM = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 _INHERITED = object()  # a key that no file can hold
 
@@ -250,7 +250,7 @@ def _names_in(values: Mapping[str, Any]) -> dict[str, str]:
     for term, loss in losses.items():
         if not (isinstance(term, str) and _TERM.fullmatch(term)):
             raise ConfigError(f"losses.{shown(term)}: a term is named by letters, digits and '_'")
-        if term in _LOGGED:
+        if term in TRAINING_FIGURES:
             raise ConfigError(f"losses.{term}: this name is taken in the log; use another")
         sections[f"losses.{term}"] = loss
     names = {}
@@ -366,7 +366,7 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
 
 
 def _add_group(parser: ArgumentParser, group: Group) -> None:
-    skip = {name for name in group.facts if name in _parameters(group.part)}
+    skip = set(group.facts & inspect.signature(group.part).parameters.keys())
     parser.add_class_arguments(group.part, group.key or None, skip=skip)
     section: Any = (parser.groups or {}).get(group.key, parser)
     if group.name is not None:
@@ -381,10 +381,6 @@ def _add_group(parser: ArgumentParser, group: Group) -> None:
         section.add_argument(
             f"--{group.key}.weight", type=float, default=1.0, help="0 turns the term off"
         )
-
-
-def _parameters(part: type) -> Iterable[str]:
-    return typing.get_type_hints(part.__init__)  # type: ignore[misc]
 
 
 def _known_keys(groups: Iterable[Group]) -> dict[str, Option]:
