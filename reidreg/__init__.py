@@ -36,7 +36,8 @@ _HOMES = {
     "SAMPLERS": "interfaces",
     "Sample": "values",
     "Sampler": "interfaces",
-    "check_matchable": "ranking",
+    "average_precisions": "metrics",
+    "check_matchable": "matching",
     "clipping_note": "reranking",
     "evaluate": "evaluation",
     "extract": "evaluation",
@@ -46,7 +47,7 @@ _HOMES = {
     "load_plugins": "plugins",
     "match_positions": "ranking",
     "match_positions_of_rows": "ranking",
-    "ranked_lists": "ranking",
+    "ranked_lists": "neighbours",
     "rerank_rows": "reranking",
     "retrieval_figures": "metrics",
     "synthesize": "synthesis",
@@ -77,6 +78,7 @@ __all__ = [
     "SAMPLERS",
     "Sample",
     "Sampler",
+    "average_precisions",
     "check_matchable",
     "clipping_note",
     "evaluate",
@@ -114,16 +116,12 @@ if TYPE_CHECKING:
         Sampler,
     )
     from reidreg.logs import ProgressBar
-    from reidreg.metrics import retrieval_figures
+    from reidreg.matching import check_matchable
+    from reidreg.metrics import average_precisions, retrieval_figures
+    from reidreg.neighbours import ranked_lists
     from reidreg.parsing import load_config
     from reidreg.plugins import load_plugins
-    from reidreg.ranking import (
-        MatchPositions,
-        check_matchable,
-        match_positions,
-        match_positions_of_rows,
-        ranked_lists,
-    )
+    from reidreg.ranking import MatchPositions, match_positions, match_positions_of_rows
     from reidreg.registry import Registry
     from reidreg.reranking import clipping_note, rerank_rows
     from reidreg.synthesis import synthesize

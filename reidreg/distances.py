@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -54,6 +55,32 @@ def check_at_least(key: str, value: float, least: int) -> None:
     """Raise a ConfigError if the value is too small."""
     if not value >= least:
         raise ConfigError(f"{key}: {value} is too small; at least {least} is needed")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is held at a time, so that the budget is kept.
+
+    Args:
+        queries: Query vectors.
+        gallery: Gallery vectors.
+        strip: Distances whose places among the matches are looked up at once.
+    """
+
+    queries: int
+    gallery: int
+    strip: int
+
+    @classmethod
+    def of(cls, budget_mib: float, dim: int) -> Plan:
+        check_at_least("budget_mib", budget_mib, 1)
+        budget = int(budget_mib * 2**20)
+        side = math.isqrt(budget // 64)  # a tile of distances takes an eighth
+        return cls(
+            queries=max(1, min(side, budget // 8 // (dim * 16))),
+            gallery=max(1, min(side, budget // 2 // (dim * 40))),
+            strip=budget // 4 // 128,
+        )
 
 
 class Rows(NamedTuple):

@@ -8,10 +8,12 @@ is touched.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -193,6 +195,32 @@ class Evaluator(ABC):
         Returns:
             Indices (Q, k) int64, -1 where there are fewer, and distances (Q, k) float32.
         """
+
+    def rank_everything(
+        self, query: Embeddings, gallery: Embeddings, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `rank`, with what the evaluation leaves out in its place, to show it to people.
+
+        An evaluator that leaves nothing out need not override this.
+        """
+        return self.rank(query, gallery, k)
+
+    def precisions(self, query: Embeddings, gallery: Embeddings) -> Tensor:
+        """The average precision of each query, (Q,) float64, NaN where it has no match.
+
+        By `rank` over the whole gallery, a few queries at a time; an evaluator that has a faster
+        way overrides this.
+        """
+        values = []
+        for start in range(0, len(query.pids), 64):
+            some = slice(start, start + 64)
+            rows = Embeddings(query.features[some], query.pids[some], query.camids[some])
+            indices, _ = self.rank(rows, gallery, len(gallery.pids))
+            for row, pid in zip(indices, rows.pids, strict=True):
+                hits = torch.nonzero(gallery.pids[row[row >= 0]] == pid).flatten() + 1
+                counts = torch.arange(1, len(hits) + 1)
+                values.append((counts / hits).mean().item() if len(hits) else math.nan)
+        return torch.tensor(values, dtype=torch.float64)
 
     def check_ids(self, query: Sequence[Sample], gallery: Sequence[Sample]) -> list[str]:
         """Look at the labels alone, before training, for an evaluation that cannot succeed.

@@ -1,4 +1,4 @@
-"""Query x gallery -> the exact position of every match, and ranked lists.
+"""Query x gallery -> the exact position of every match.
 
 Count, do not sort. CMC, AP and INP need nothing but the position of each match in its query's
 list, and a match's position is one more than the number of gallery items that come before it. So
@@ -12,7 +12,6 @@ in the gallery. `reidreg.distances` says how equal vectors come to be at exactly
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -24,24 +23,16 @@ from torch import Tensor
 
 from reidreg.distances import (
     Distances,
-    FloatArray,
     IntArray,
-    Side,
-    check_at_least,
-    check_choice,
+    Plan,
     ragged,
     spans,
 )
 from reidreg.errors import DataError
+from reidreg.matching import Ids, MatchLabels, count_matchable, labels_of_sides
 from reidreg.values import Embeddings
 
-Ids: TypeAlias = Tensor | NDArray[Any] | Sequence[int]
 Progress: TypeAlias = Callable[[int, int], None]
-
-SAME_CAMERA = ("drop", "keep")
-JUNK = -1  # a gallery item of this pid is left out for every query
-
-_SPARE = 32  # further neighbours that a search fetches, so that rounding cannot hide one
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,184 +49,6 @@ class MatchPositions:
     positions: IntArray
     offsets: IntArray
     num_gallery: int
-
-
-@dataclass(frozen=True, slots=True)
-class Matchable:
-    """How many queries can be evaluated.
-
-    Args:
-        valid: Queries with a match.
-        without_gallery: Queries whose identity is not in the gallery.
-        same_camera_only: Queries whose identity is there, but under their own camera only.
-    """
-
-    valid: int
-    without_gallery: int
-    same_camera_only: int
-
-
-# ---------------------------------------------------------------------------------- the labels
-
-
-@dataclass(frozen=True, slots=True)
-class _Labels:
-    """The pids of both sides, and a number for each (pid, camera)."""
-
-    query_pids: IntArray
-    gallery_pids: IntArray
-    query_places: IntArray
-    gallery_places: IntArray
-    query_camids: IntArray
-    drop: bool
-
-    @classmethod
-    def of(
-        cls, query_pids: Ids, query_camids: Ids, gallery_pids: Ids, gallery_camids: Ids, rule: str
-    ) -> _Labels:
-        check_choice("same_camera", rule, SAME_CAMERA)
-        queries, query_camids = _ids("query", query_pids, query_camids)
-        gallery, gallery_camids = _ids("gallery", gallery_pids, gallery_camids)
-        _, pids = np.unique(np.concatenate([queries, gallery]), return_inverse=True)
-        known, cameras = np.unique(
-            np.concatenate([query_camids, gallery_camids]), return_inverse=True
-        )
-        places = (pids.reshape(-1) * len(known) + cameras.reshape(-1)).astype(np.int64)
-        return cls(
-            queries,
-            gallery,
-            places[: len(queries)],
-            places[len(queries) :],
-            query_camids,
-            rule == "drop",
-        )
-
-    @property
-    def kept(self) -> IntArray:
-        """The gallery items that are not junk, ascending."""
-        return np.flatnonzero(self.gallery_pids != JUNK).astype(np.int64)
-
-    def hidden(self) -> IntArray:
-        """(Q,) How many gallery items are left out because the query's camera took them."""
-        if not self.drop:
-            return np.zeros(len(self.query_pids), dtype=np.int64)
-        return _occurrences(self.query_places, self.gallery_places[self.kept])
-
-    def matches(self) -> tuple[IntArray, IntArray]:
-        """All pairs (query, gallery item) that are a match, ordered by both."""
-        order = self.kept[np.argsort(self.gallery_pids[self.kept], kind="stable")]
-        pids = self.gallery_pids[order]
-        first = np.searchsorted(pids, self.query_pids, side="left")
-        sizes = np.searchsorted(pids, self.query_pids, side="right") - first
-        queries = np.repeat(np.arange(len(sizes)), sizes)
-        items = order[ragged(first, sizes)]
-        if not self.drop:
-            return queries, items
-        other = self.query_places[queries] != self.gallery_places[items]
-        return queries[other], items[other]
-
-
-def check_matchable(
-    query_pids: Ids,
-    query_camids: Ids,
-    gallery_pids: Ids,
-    gallery_camids: Ids,
-    same_camera: str = "drop",
-) -> Matchable:
-    """Look at the labels alone: how many queries have a match.
-
-    Args:
-        query_pids: (Q,) identities.
-        query_camids: (Q,) cameras.
-        gallery_pids: (G,) identities; -1 is junk.
-        gallery_camids: (G,) cameras.
-        same_camera: `drop` leaves out gallery items of the query's pid and camera; `keep` does not.
-
-    Raises:
-        DataError: No query has a match; the line names the likely cause.
-        ConfigError: `same_camera` is neither.
-    """
-    labels = _Labels.of(query_pids, query_camids, gallery_pids, gallery_camids, same_camera)
-    return _matchable(labels)
-
-
-def _matchable(labels: _Labels) -> Matchable:
-    shared = _occurrences(labels.query_pids, labels.gallery_pids[labels.kept])
-    valid = int(np.count_nonzero(shared > labels.hidden()))
-    absent = int(np.count_nonzero(shared == 0))
-    if valid == 0:
-        raise DataError(f"no query has a match in the gallery: {_why_unmatched(labels, absent)}")
-    return Matchable(valid, absent, len(shared) - valid - absent)
-
-
-def _why_unmatched(labels: _Labels, absent: int) -> str:
-    count = len(labels.query_pids)
-    if not len(labels.kept):
-        return "all of its images are junk (pid -1); check its file names"
-    if absent == count:
-        one, other = int(labels.query_pids[0]), int(labels.gallery_pids[labels.kept[0]])
-        return (
-            f"not one of the {count} query images has its pid there (query has {one}, "
-            f"gallery has {other}, ...); check the two folders and how pids are read"
-        )
-    cameras = np.unique(labels.query_camids)
-    found = f"all cameras are {cameras[0]}" if len(cameras) == 1 else "each pid has only one camera"
-    rest = f", and {absent} of {count} query images have no image of their pid" if absent else ""
-    return (
-        f"{found}, so leaving out same-camera items removes every match{rest}; "
-        "use same_camera keep, or check how cameras are read"
-    )
-
-
-def _ids(side: str, pids: Ids, camids: Ids) -> tuple[IntArray, IntArray]:
-    """Both as int64, after the checks that the rest relies on."""
-    arrays = []
-    for name, values in (("pids", pids), ("camids", camids)):
-        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-        if array.ndim != 1 or not len(array):
-            raise DataError(f"{side} {name}: one per image is needed, the shape is {array.shape}")
-        if not np.issubdtype(array.dtype, np.integer):
-            raise DataError(f"{side} {name}: integers are needed, not {array.dtype}")
-        arrays.append(array.astype(np.int64))
-    if len(arrays[0]) != len(arrays[1]):
-        raise DataError(f"{side}: there are {len(arrays[0])} pids, but {len(arrays[1])} camids")
-    return arrays[0], arrays[1]
-
-
-def _occurrences(wanted: IntArray, among: IntArray) -> IntArray:
-    """How often each of the wanted values is among the others."""
-    ordered = np.sort(among)
-    last = np.searchsorted(ordered, wanted, side="right")
-    return (last - np.searchsorted(ordered, wanted, side="left")).astype(np.int64)
-
-
-# -------------------------------------------------------------------------------- the counting
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How much is held at a time, so that the budget is kept.
-
-    Args:
-        queries: Query vectors.
-        gallery: Gallery vectors.
-        strip: Distances whose places among the matches are looked up at once.
-    """
-
-    queries: int
-    gallery: int
-    strip: int
-
-    @classmethod
-    def of(cls, budget_mib: float, dim: int) -> _Plan:
-        check_at_least("budget_mib", budget_mib, 1)
-        budget = int(budget_mib * 2**20)
-        side = math.isqrt(budget // 64)  # a tile of distances takes an eighth
-        return cls(
-            queries=max(1, min(side, budget // 8 // (dim * 16))),
-            gallery=max(1, min(side, budget // 2 // (dim * 40))),
-            strip=budget // 4 // 128,
-        )
 
 
 class _Tally:
@@ -257,7 +70,7 @@ class _Tally:
 
     def __init__(
         self,
-        labels: _Labels,
+        labels: MatchLabels,
         queries: IntArray,
         sizes: IntArray,
         items: IntArray,
@@ -396,10 +209,10 @@ def match_positions(
         DataError: The features or labels do not fit together, are not finite, or match nowhere.
         ConfigError: An option is wrong.
     """
-    labels = _labels(query, gallery, same_camera)
+    labels = labels_of_sides(query, gallery, same_camera)
     distances = Distances(query.features, gallery.features, metric, (query.paths, gallery.paths))
-    _matchable(labels)
-    plan = _Plan.of(budget_mib, distances.dim)
+    count_matchable(labels)
+    plan = Plan.of(budget_mib, distances.dim)
     queries, items = labels.matches()
     sizes = np.bincount(queries, minlength=len(labels.query_pids)).astype(np.int64)
     offsets = _starts(sizes)
@@ -423,7 +236,7 @@ def _count(
     distances: Distances,
     kept: IntArray,
     tallies: Sequence[tuple[IntArray, _Tally]],
-    plan: _Plan,
+    plan: Plan,
     progress: Progress | None,
 ) -> None:
     """Let the gallery pass by the queries."""
@@ -475,9 +288,9 @@ def match_positions_of_rows(
         DataError: Distances are missing or not finite, or no query has a match.
         ConfigError: An option is wrong.
     """
-    labels = _Labels.of(query_pids, query_camids, gallery_pids, gallery_camids, same_camera)
-    _matchable(labels)
-    plan = _Plan.of(budget_mib, 1)
+    labels = MatchLabels.of(query_pids, query_camids, gallery_pids, gallery_camids, same_camera)
+    count_matchable(labels)
+    plan = Plan.of(budget_mib, 1)
     total = len(labels.query_pids)
     queries, items = labels.matches()
     sizes = np.bincount(queries, minlength=total).astype(np.int64)
@@ -517,147 +330,3 @@ def _rows(start: int, values: Tensor | NDArray[Any], seen: NDArray[np.bool_], wi
         raise DataError(f"distances are not finite, the first are those of query {first}")
     seen[start : start + len(chunk)] = True
     return chunk
-
-
-def _labels(query: Embeddings, gallery: Embeddings, same_camera: str) -> _Labels:
-    """The labels of both sides, as many as there are features."""
-    for name, side in (("query", query), ("gallery", gallery)):
-        count = side.features.shape[0] if side.features.ndim else 0
-        if count != len(side.pids):
-            raise DataError(f"{name}: there are {count} features, but {len(side.pids)} pids")
-    return _Labels.of(query.pids, query.camids, gallery.pids, gallery.camids, same_camera)
-
-
-# -------------------------------------------------------------------------------- ranked lists
-
-
-def ranked_lists(
-    query: Embeddings,
-    gallery: Embeddings,
-    *,
-    k: int,
-    metric: str = "cosine",
-    same_camera: str = "drop",
-    budget_mib: float = 256,
-) -> tuple[Tensor, Tensor]:
-    """The k nearest gallery items of each query, exactly as `match_positions` counts them.
-
-    faiss finds the candidates, in float32 and by brute force; their exact distances put them in
-    order. Where the last one taken is not clearly nearer than all that faiss did not return, the
-    query's whole row is computed.
-
-    Args:
-        query: Q embeddings.
-        gallery: G embeddings.
-        k: The length of the lists; may exceed the gallery.
-        metric: `cosine` or `euclidean` (squared).
-        same_camera: `drop` leaves out gallery items of the query's pid and camera; `keep` leaves
-            out junk alone.
-        budget_mib: Memory to use beside the features and a float32 copy of them, in MiB.
-
-    Returns:
-        Gallery indices (Q, k) int64, -1 where there are fewer, and distances (Q, k) float32,
-        infinite where there are fewer; both on the CPU.
-
-    Raises:
-        DataError: The features or labels do not fit together, or are not finite.
-        ConfigError: An option is wrong.
-    """
-    check_at_least("k", k, 1)
-    labels = _labels(query, gallery, same_camera)
-    distances = Distances(query.features, gallery.features, metric, (query.paths, gallery.paths))
-    plan = _Plan.of(budget_mib, distances.dim)
-    search = _Search(distances, labels, k, plan)
-    indices = torch.full((len(labels.query_pids), k), -1, dtype=torch.int64)
-    values = torch.full((len(labels.query_pids), k), torch.inf, dtype=torch.float32)
-    unsure = search.by_faiss(indices, values)
-    rows = max(1, int(budget_mib * 2**20) // 4 // (len(labels.gallery_pids) * 32))
-    for span in spans(len(unsure), rows):
-        search.by_rows(unsure[span], indices, values)
-    return indices, values
-
-
-class _Search:
-    """Fills in ranked lists."""
-
-    def __init__(self, distances: Distances, labels: _Labels, k: int, plan: _Plan) -> None:
-        self.distances, self.labels, self.k, self.plan = distances, labels, k, plan
-        self.kept = labels.kept
-        self.scale = max(distances.query.longest, distances.gallery.longest) or 1.0
-
-    def by_faiss(self, indices: Tensor, values: Tensor) -> IntArray:
-        """Fill in the lists of all queries for which a search suffices; returns the others."""
-        import faiss
-
-        hidden = self.labels.hidden()
-        fetch = self.k + hidden + _SPARE
-        everyone = np.arange(len(hidden))
-        if fetch.min() >= len(self.kept):
-            return everyone
-        base = self._float32(self.distances.gallery, self.kept)
-        unsure = [everyone[fetch >= len(self.kept)]]
-        searched = everyone[fetch < len(self.kept)]
-        for span in spans(len(searched), self.plan.queries):
-            queries = searched[span]
-            wanted = self._float32(self.distances.query, queries)
-            found = faiss.knn(wanted, base, int(fetch[queries].max()), metric=faiss.METRIC_L2)
-            sure = self._take(queries, found[0], self.kept[found[1]], indices, values)
-            unsure.append(queries[~sure])
-        return np.concatenate(unsure)
-
-    def by_rows(self, queries: IntArray, indices: Tensor, values: Tensor) -> None:
-        """Fill in the lists of some queries from all of their exact distances."""
-        rows = self.distances.rows(queries, self.plan.gallery, exact=True).cpu().numpy()
-        everything = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
-        rows[self._left_out(queries, everything)] = np.inf
-        order = np.argsort(rows, axis=1, kind="stable")[:, : self.k]
-        self._fill(queries, order, np.take_along_axis(rows, order, axis=1), indices, values)
-
-    def _take(
-        self,
-        queries: IntArray,
-        found: NDArray[np.float32],
-        items: IntArray,
-        indices: Tensor,
-        values: Tensor,
-    ) -> NDArray[np.bool_]:
-        """Fill in lists from candidates; says for which queries they are certain."""
-        pairs = np.repeat(queries, items.shape[1]), items.reshape(-1)
-        exact = self.distances.exact_pairs(*pairs, self.plan.gallery).cpu().numpy()
-        exact = exact.reshape(items.shape)
-        exact[self._left_out(queries, items)] = np.inf
-        order = np.lexsort((items, exact), axis=1)[:, : self.k]
-        taken = np.take_along_axis(exact, order, axis=1)
-        self._fill(queries, np.take_along_axis(items, order, axis=1), taken, indices, values)
-        # All that faiss did not return are at least as far as the last one that it did, but for
-        # the rounding of D float32 products of vectors that are at most 1 long.
-        rounding = (self.distances.dim + 16) * 2.0**-22
-        least = (found[:, -1] - rounding) * self.scale**2 * self.distances.weight
-        return np.asarray(taken[:, -1] < least)
-
-    def _fill(
-        self,
-        queries: IntArray,
-        items: IntArray,
-        found: FloatArray,
-        indices: Tensor,
-        values: Tensor,
-    ) -> None:
-        items = np.where(np.isfinite(found), items, -1)
-        where = torch.from_numpy(queries)
-        indices[where, : items.shape[1]] = torch.from_numpy(items)
-        values[where, : items.shape[1]] = torch.from_numpy(found.astype(np.float32))
-
-    def _left_out(self, queries: IntArray, items: IntArray) -> NDArray[np.bool_]:
-        labels = self.labels
-        out = labels.gallery_pids[items] == JUNK
-        if labels.drop:
-            out |= labels.gallery_places[items] == labels.query_places[queries, None]
-        return np.asarray(out)
-
-    def _float32(self, side: Side, index: IntArray) -> NDArray[np.float32]:
-        """The vectors divided by the longest norm, so that no square overflows."""
-        out = np.empty((len(index), self.distances.dim), dtype=np.float32)
-        for span in spans(len(index), self.plan.gallery):
-            out[span] = side.rows(index[span]).vectors.div_(self.scale).cpu().numpy()
-        return out

@@ -43,7 +43,7 @@ def draw_report(evaluation: Evaluation, path: Path, *, rows: int = 4, k: int = 1
     """
     if not (evaluation.query.paths and evaluation.gallery.paths):
         raise DataError("a report shows images, but these features come without paths")
-    precision = query_precision(evaluation)
+    precision = evaluation.evaluator.precisions(evaluation.query, evaluation.gallery)
     sections = pick_queries(precision, rows)
     chosen = [query for _, queries in sections for query in queries]
     indices, distances = evaluation.evaluator.rank(
@@ -53,23 +53,6 @@ def draw_report(evaluation: Evaluation, path: Path, *, rows: int = 4, k: int = 1
     path.parent.mkdir(parents=True, exist_ok=True)
     _Sheet(evaluation, precision, lists, k).draw(sections).save(path)
     return path
-
-
-def query_precision(evaluation: Evaluation) -> Tensor:
-    """(Q,) average precision of each query, NaN where it has no match.
-
-    By the evaluator's own ranking of the whole gallery, in chunks of queries.
-    """
-    query, gallery = evaluation.query, evaluation.gallery
-    values = []
-    for start in range(0, len(query.pids), 64):
-        some = list(range(start, min(start + 64, len(query.pids))))
-        indices, _ = evaluation.evaluator.rank(_take(query, some), gallery, len(gallery.pids))
-        for row, pid in zip(indices, query.pids[some], strict=True):
-            hits = torch.nonzero(gallery.pids[row[row >= 0]] == pid).flatten() + 1
-            counts = torch.arange(1, len(hits) + 1)
-            values.append((counts / hits).mean().item() if len(hits) else float("nan"))
-    return torch.tensor(values)
 
 
 def pick_queries(precision: Tensor, rows: int) -> list[tuple[str, list[int]]]:

@@ -18,14 +18,10 @@ from hypothesis import strategies as st
 import reidreg
 from reidreg.distances import Distances
 from reidreg.errors import ConfigError, DataError
+from reidreg.matching import check_matchable
 from reidreg.metrics import retrieval_figures
-from reidreg.ranking import (
-    MatchPositions,
-    check_matchable,
-    match_positions,
-    match_positions_of_rows,
-    ranked_lists,
-)
+from reidreg.neighbours import ranked_lists
+from reidreg.ranking import MatchPositions, match_positions, match_positions_of_rows
 from reidreg.values import Embeddings
 
 
@@ -544,7 +540,8 @@ def test_checks_hold_when_python_optimises():
     program = """
 import numpy as np, torch
 from reidreg.errors import ReidregError
-from reidreg.ranking import match_positions, ranked_lists
+from reidreg.neighbours import ranked_lists
+from reidreg.ranking import match_positions
 from reidreg.values import Embeddings
 def side(features, camid):
     return Embeddings(torch.tensor(features), torch.tensor([1]), torch.tensor([camid]))
@@ -589,3 +586,10 @@ def test_a_gpu_gives_the_same_positions():
     here = Distances(query.features, gallery.features, "cosine").exact(*whole)
     there = Distances(moved[0].features, moved[1].features, "cosine").exact(*whole)
     assert torch.equal(here, there.cpu())
+
+
+def test_a_list_of_everything_has_junk_and_the_own_camera_in_their_places():
+    query = embeddings([[1.0, 0.0]], [1], [0])
+    gallery = embeddings([[1.0, 0.3], [1.0, 0.1], [1.0, 0.2]], [1, 1, -1], [1, 0, 0])
+    assert ranked_lists(query, gallery, k=3)[0].tolist() == [[0, -1, -1]]
+    assert ranked_lists(query, gallery, k=3, everything=True)[0].tolist() == [[1, 2, 0]]

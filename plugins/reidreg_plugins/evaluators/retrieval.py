@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
@@ -16,6 +17,7 @@ from reidreg import (
     MatchPositions,
     ProgressBar,
     Sample,
+    average_precisions,
     check_matchable,
     clipping_note,
     match_positions,
@@ -104,6 +106,18 @@ class Retrieval(Evaluator):
 
     def rank(self, query: Embeddings, gallery: Embeddings, k: int) -> tuple[Tensor, Tensor]:
         return ranked_lists(query, gallery, k=k, metric=self.metric, same_camera=self.same_camera)
+
+    def rank_everything(
+        self, query: Embeddings, gallery: Embeddings, k: int
+    ) -> tuple[Tensor, Tensor]:
+        return ranked_lists(query, gallery, k=k, metric=self.metric, everything=True)
+
+    def precisions(self, query: Embeddings, gallery: Embeddings) -> Tensor:
+        matches = match_positions(query, gallery, metric=self.metric, same_camera=self.same_camera)
+        values = torch.full((len(query.pids),), torch.nan, dtype=torch.float64)
+        valid = torch.from_numpy(np.diff(matches.offsets) > 0)
+        values[valid] = torch.from_numpy(average_precisions(matches, ap=self.ap))
+        return values
 
     def check_ids(self, query: Sequence[Sample], gallery: Sequence[Sample]) -> list[str]:
         query_pids, query_camids = _ids(query)

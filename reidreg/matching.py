@@ -1,0 +1,195 @@
+"""Who matches whom: the labels of query and gallery, and the rule of what is left out.
+
+A gallery item matches a query if it shows the same pid. Junk (pid -1) is left out for every query;
+so are, unless `same_camera` is `keep`, the items of the query's pid by the query's own camera.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reidreg.distances import IntArray, check_choice, ragged
+from reidreg.errors import DataError
+from reidreg.values import Embeddings
+
+Ids: TypeAlias = Tensor | NDArray[Any] | Sequence[int]
+
+SAME_CAMERA = ("drop", "keep")
+JUNK = -1  # a gallery item of this pid is left out for every query
+
+
+@dataclass(frozen=True, slots=True)
+class Matchable:
+    """How many queries can be evaluated.
+
+    Args:
+        valid: Queries with a match.
+        without_gallery: Queries whose identity is not in the gallery.
+        same_camera_only: Queries whose identity is there, but under their own camera only.
+    """
+
+    valid: int
+    without_gallery: int
+    same_camera_only: int
+
+
+@dataclass(frozen=True, slots=True)
+class MatchLabels:
+    """The pids of both sides, and a number for each (pid, camera).
+
+    Args:
+        query_pids: (Q,).
+        gallery_pids: (G,).
+        query_places: (Q,) a number for each (pid, camera).
+        gallery_places: (G,) likewise.
+        query_camids: (Q,).
+        drop: Whether gallery items of the query's place are left out.
+        junk: Whether junk is left out.
+    """
+
+    query_pids: IntArray
+    gallery_pids: IntArray
+    query_places: IntArray
+    gallery_places: IntArray
+    query_camids: IntArray
+    drop: bool
+    junk: bool = True
+
+    @classmethod
+    def of(
+        cls, query_pids: Ids, query_camids: Ids, gallery_pids: Ids, gallery_camids: Ids, rule: str
+    ) -> MatchLabels:
+        check_choice("same_camera", rule, SAME_CAMERA)
+        queries, query_camids = _ids("query", query_pids, query_camids)
+        gallery, gallery_camids = _ids("gallery", gallery_pids, gallery_camids)
+        _, pids = np.unique(np.concatenate([queries, gallery]), return_inverse=True)
+        known, cameras = np.unique(
+            np.concatenate([query_camids, gallery_camids]), return_inverse=True
+        )
+        places = (pids.reshape(-1) * len(known) + cameras.reshape(-1)).astype(np.int64)
+        return cls(
+            queries,
+            gallery,
+            places[: len(queries)],
+            places[len(queries) :],
+            query_camids,
+            rule == "drop",
+        )
+
+    @property
+    def kept(self) -> IntArray:
+        """The gallery items that are not left out for every query, ascending."""
+        everyone = np.arange(len(self.gallery_pids))
+        return everyone[self.gallery_pids != JUNK] if self.junk else everyone
+
+    def keep_all(self) -> MatchLabels:
+        """The same labels with nothing left out."""
+        return replace(self, drop=False, junk=False)
+
+    def hidden(self) -> IntArray:
+        """(Q,) How many gallery items are left out because the query's camera took them."""
+        if not self.drop:
+            return np.zeros(len(self.query_pids), dtype=np.int64)
+        return _occurrences(self.query_places, self.gallery_places[self.kept])
+
+    def matches(self) -> tuple[IntArray, IntArray]:
+        """All pairs (query, gallery item) that are a match, ordered by both."""
+        order = self.kept[np.argsort(self.gallery_pids[self.kept], kind="stable")]
+        pids = self.gallery_pids[order]
+        first = np.searchsorted(pids, self.query_pids, side="left")
+        sizes = np.searchsorted(pids, self.query_pids, side="right") - first
+        queries = np.repeat(np.arange(len(sizes)), sizes)
+        items = order[ragged(first, sizes)]
+        if not self.drop:
+            return queries, items
+        other = self.query_places[queries] != self.gallery_places[items]
+        return queries[other], items[other]
+
+
+def check_matchable(
+    query_pids: Ids,
+    query_camids: Ids,
+    gallery_pids: Ids,
+    gallery_camids: Ids,
+    same_camera: str = "drop",
+) -> Matchable:
+    """Look at the labels alone: how many queries have a match.
+
+    Args:
+        query_pids: (Q,) identities.
+        query_camids: (Q,) cameras.
+        gallery_pids: (G,) identities; -1 is junk.
+        gallery_camids: (G,) cameras.
+        same_camera: `drop` leaves out gallery items of the query's pid and camera; `keep` does not.
+
+    Raises:
+        DataError: No query has a match; the line names the likely cause.
+        ConfigError: `same_camera` is neither.
+    """
+    labels = MatchLabels.of(query_pids, query_camids, gallery_pids, gallery_camids, same_camera)
+    return count_matchable(labels)
+
+
+def count_matchable(labels: MatchLabels) -> Matchable:
+    shared = _occurrences(labels.query_pids, labels.gallery_pids[labels.kept])
+    valid = int(np.count_nonzero(shared > labels.hidden()))
+    absent = int(np.count_nonzero(shared == 0))
+    if valid == 0:
+        raise DataError(f"no query has a match in the gallery: {_why_unmatched(labels, absent)}")
+    return Matchable(valid, absent, len(shared) - valid - absent)
+
+
+def _why_unmatched(labels: MatchLabels, absent: int) -> str:
+    count = len(labels.query_pids)
+    if not len(labels.kept):
+        return "all of its images are junk (pid -1); check its file names"
+    if absent == count:
+        one, other = int(labels.query_pids[0]), int(labels.gallery_pids[labels.kept[0]])
+        return (
+            f"not one of the {count} query images has its pid there (query has {one}, "
+            f"gallery has {other}, ...); check the two folders and how pids are read"
+        )
+    cameras = np.unique(labels.query_camids)
+    found = f"all cameras are {cameras[0]}" if len(cameras) == 1 else "each pid has only one camera"
+    rest = f", and {absent} of {count} query images have no image of their pid" if absent else ""
+    return (
+        f"{found}, so leaving out same-camera items removes every match{rest}; "
+        "use same_camera keep, or check how cameras are read"
+    )
+
+
+def _ids(side: str, pids: Ids, camids: Ids) -> tuple[IntArray, IntArray]:
+    """Both as int64, after the checks that the rest relies on."""
+    arrays = []
+    for name, values in (("pids", pids), ("camids", camids)):
+        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        if array.ndim != 1 or not len(array):
+            raise DataError(f"{side} {name}: one per image is needed, the shape is {array.shape}")
+        if not np.issubdtype(array.dtype, np.integer):
+            raise DataError(f"{side} {name}: integers are needed, not {array.dtype}")
+        arrays.append(array.astype(np.int64))
+    if len(arrays[0]) != len(arrays[1]):
+        raise DataError(f"{side}: there are {len(arrays[0])} pids, but {len(arrays[1])} camids")
+    return arrays[0], arrays[1]
+
+
+def _occurrences(wanted: IntArray, among: IntArray) -> IntArray:
+    """How often each of the wanted values is among the others."""
+    ordered = np.sort(among)
+    last = np.searchsorted(ordered, wanted, side="right")
+    return (last - np.searchsorted(ordered, wanted, side="left")).astype(np.int64)
+
+
+def labels_of_sides(query: Embeddings, gallery: Embeddings, same_camera: str) -> MatchLabels:
+    """The labels of both sides, as many as there are features."""
+    for name, side in (("query", query), ("gallery", gallery)):
+        count = side.features.shape[0] if side.features.ndim else 0
+        if count != len(side.pids):
+            raise DataError(f"{name}: there are {count} features, but {len(side.pids)} pids")
+    return MatchLabels.of(query.pids, query.camids, gallery.pids, gallery.camids, same_camera)
