@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +188,16 @@ class Evaluation:
         query: The query's features.
         gallery: The gallery's features.
         evaluator: What ranked them.
+        options: The evaluator's options, `name` among them.
+        about: What was evaluated, for people: label to text.
     """
 
     figures: dict[str, Any]
     query: Embeddings
     gallery: Embeddings
     evaluator: Evaluator
+    options: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)
 
 
 def evaluate_checkpoint(checkpoint: Checkpoint, config: Config) -> Evaluation:
@@ -204,7 +208,18 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config) -> Evaluation:
         logger.info("note: %s", note)
     embedder = restore_embedder(checkpoint, config)
     figures, query, gallery = evaluate_dataset(embedder, evaluator, dataset)
-    return Evaluation(figures, query, gallery, evaluator)
+    options = {"name": config.evaluator.name, **config.evaluator.options}
+    return Evaluation(figures, query, gallery, evaluator, options, _about(checkpoint, config))
+
+
+def _about(checkpoint: Checkpoint, config: Config) -> dict[str, str]:
+    height, width = config.input.size
+    root = config.dataset.options.get("root")
+    return {
+        "Data set": config.dataset.name + (f" in {root}" if root else ""),
+        "Model": f"{config.backbone.name} + {config.head.name}, input {height} x {width}, "
+        f"after {checkpoint.epoch} epochs",
+    }
 
 
 def evaluate(
