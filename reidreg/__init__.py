@@ -37,6 +37,9 @@ _HOMES = {
     "Sample": "values",
     "Sampler": "interfaces",
     "average_precisions": "metrics",
+    "bootstrap_intervals": "bootstrap",
+    "camera_pairs": "cameras",
+    "check_impostors": "verification",
     "check_matchable": "matching",
     "clipping_note": "reranking",
     "evaluate": "evaluation",
@@ -50,7 +53,10 @@ _HOMES = {
     "ranked_lists": "neighbours",
     "rerank_rows": "reranking",
     "retrieval_figures": "metrics",
+    "single_shot_positions": "singleshot",
+    "single_shot_positions_of_rows": "singleshot",
     "synthesize": "synthesis",
+    "verification_figures": "verification",
 }
 
 __all__ = [
@@ -79,6 +85,9 @@ __all__ = [
     "Sample",
     "Sampler",
     "average_precisions",
+    "bootstrap_intervals",
+    "camera_pairs",
+    "check_impostors",
     "check_matchable",
     "clipping_note",
     "evaluate",
@@ -92,10 +101,15 @@ __all__ = [
     "ranked_lists",
     "rerank_rows",
     "retrieval_figures",
+    "single_shot_positions",
+    "single_shot_positions_of_rows",
     "synthesize",
+    "verification_figures",
 ]
 
 if TYPE_CHECKING:
+    from reidreg.bootstrap import bootstrap_intervals
+    from reidreg.cameras import camera_pairs
     from reidreg.checkpoint import Checkpoint, load_checkpoint
     from reidreg.config import Config
     from reidreg.errors import DataError, ReidregError
@@ -124,9 +138,11 @@ if TYPE_CHECKING:
     from reidreg.ranking import MatchPositions, match_positions, match_positions_of_rows
     from reidreg.registry import Registry
     from reidreg.reranking import clipping_note, rerank_rows
+    from reidreg.singleshot import single_shot_positions, single_shot_positions_of_rows
     from reidreg.synthesis import synthesize
     from reidreg.training import fit
     from reidreg.values import Batch, Embeddings, Output, Sample
+    from reidreg.verification import check_impostors, verification_figures
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,6 +18,9 @@ from reidreg import (
     ProgressBar,
     Sample,
     average_precisions,
+    bootstrap_intervals,
+    camera_pairs,
+    check_impostors,
     check_matchable,
     clipping_note,
     match_positions,
@@ -25,12 +28,15 @@ from reidreg import (
     ranked_lists,
     rerank_rows,
     retrieval_figures,
+    single_shot_positions,
+    single_shot_positions_of_rows,
+    verification_figures,
 )
 
 
 @EVALUATORS.register("retrieval")
 class Retrieval(Evaluator):
-    """CMC, mAP and mINP by the protocol of Market-1501, exact, with optional re-ranking.
+    """CMC, mAP and mINP by the protocol of Market-1501 or CUHK03, exact, with optional re-ranking.
 
     Gallery images of the query's person by the query's camera are left out, and so is junk (pid
     -1). A query without a match is not counted among the valid ones. Of equally near images the
@@ -39,8 +45,14 @@ class Retrieval(Evaluator):
     Args:
         metric: cosine, or squared Euclidean distance.
         max_rank: Length of the CMC curve.
+        protocol: market1501 ranks all images; cuhk03 one per person, drawn again and again.
+        repeats: How often cuhk03 draws, always the same way.
         same_camera: drop leaves out matches by the query's own camera; keep is for one camera.
         ap: rectangle, the usual average precision; trapezoid is the original toolkit's.
+        bootstrap: Resamples for 95 % intervals of the figures, say 1000; 0 gives none.
+        cameras: Give mAP and rank-1 of every pair of cameras.
+        verification: Give EER, TAR@FAR, DIR@FAR and a threshold.
+        far: The false-accept rate that the threshold is for.
         rerank: Give figures after k-reciprocal re-ranking beside the raw ones.
         k1: Neighbours that re-ranking looks at.
         k2: Neighbours whose sets re-ranking averages.
@@ -51,8 +63,14 @@ class Retrieval(Evaluator):
         self,
         metric: Literal["cosine", "euclidean"] = "cosine",
         max_rank: Annotated[int, Ge(10)] = 50,
+        protocol: Literal["market1501", "cuhk03"] = "market1501",
+        repeats: Annotated[int, Ge(1)] = 10,
         same_camera: Literal["drop", "keep"] = "drop",
         ap: Literal["rectangle", "trapezoid"] = "rectangle",
+        bootstrap: Annotated[int, Ge(0)] = 0,
+        cameras: bool = False,
+        verification: bool = False,
+        far: Annotated[float, Interval(gt=0, lt=1)] = 1e-3,
         rerank: bool = False,
         k1: Annotated[int, Ge(1)] = 20,
         k2: Annotated[int, Ge(1)] = 6,
@@ -60,31 +78,109 @@ class Retrieval(Evaluator):
     ) -> None:
         self.metric = metric
         self.max_rank = max_rank
+        self.protocol = protocol
+        self.repeats = repeats if protocol == "cuhk03" else 1
         self.same_camera = same_camera
         self.ap = ap
+        self.bootstrap = bootstrap
+        self.cameras = cameras
+        self.verification = verification
+        self.far = far
         self.rerank = rerank
         self.k1 = k1
         self.k2 = k2
         self.lambda_value = lambda_value
 
+    @staticmethod
+    def check(options: Mapping[str, Any]) -> None:
+        """Raise ValueError for figures that the protocol does not define."""
+        if options["cameras"] and options["protocol"] == "cuhk03":
+            raise ValueError("cameras: the table counts every match; cuhk03 draws one per person")
+
     def evaluate(self, query: Embeddings, gallery: Embeddings) -> dict[str, Any]:
+        ids = query.pids, query.camids, gallery.pids, gallery.camids
+        counts = check_matchable(*ids, self.same_camera)  # before any distance is computed
+        raw = self._positions(query, gallery)
+        figures = self._figures(raw, query.pids)
+        figures["skipped"] = {
+            "without_gallery": counts.without_gallery,
+            "same_camera_only": counts.same_camera_only,
+        }
+        if self.cameras:
+            figures["cameras"] = self._camera_pairs(query, gallery)
+        if self.verification:
+            figures["verification"] = self._verification(query, gallery, raw)
+        if self.rerank:
+            figures["reranked"] = self._figures(self._reranked(query, gallery), query.pids)
+        return figures
+
+    def _figures(self, matches: MatchPositions, pids: Tensor) -> dict[str, Any]:
+        figures = retrieval_figures(matches, ranks=self.max_rank, ap=self.ap)
+        for key in ("num_queries", "num_valid_queries"):
+            figures[key] //= self.repeats
+        if self.bootstrap:
+            # All repeats of a person's queries are drawn with the person.
+            figures["intervals"] = bootstrap_intervals(
+                matches,
+                pids.repeat_interleave(self.repeats),
+                resamples=self.bootstrap,
+                ap=self.ap,
+            )
+        return figures
+
+    def _positions(self, query: Embeddings, gallery: Embeddings) -> MatchPositions:
         with ProgressBar("ranking") as bar:
-            raw = match_positions(
+            if self.protocol == "cuhk03":
+                return single_shot_positions(
+                    query,
+                    gallery,
+                    metric=self.metric,
+                    same_camera=self.same_camera,
+                    repeats=self.repeats,
+                    progress=bar.report,
+                )
+            return self._all_positions(query, gallery, bar.report)
+
+    def _all_positions(
+        self,
+        query: Embeddings,
+        gallery: Embeddings,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> MatchPositions:
+        return match_positions(
+            query, gallery, metric=self.metric, same_camera=self.same_camera, progress=progress
+        )
+
+    def _camera_pairs(self, query: Embeddings, gallery: Embeddings) -> list[dict[str, Any]]:
+        with ProgressBar("cameras") as bar:
+            return camera_pairs(
                 query,
                 gallery,
                 metric=self.metric,
                 same_camera=self.same_camera,
+                ap=self.ap,
                 progress=bar.report,
             )
-        figures: dict[str, Any] = retrieval_figures(raw, ranks=self.max_rank, ap=self.ap)
-        if self.rerank:
-            reranked = self._reranked(query, gallery)
-            figures["reranked"] = retrieval_figures(reranked, ranks=self.max_rank, ap=self.ap)
-        return figures
+
+    def _verification(
+        self, query: Embeddings, gallery: Embeddings, raw: MatchPositions
+    ) -> dict[str, Any]:
+        matches = raw if self.protocol == "market1501" else self._all_positions(query, gallery)
+        with ProgressBar("pairs") as bar:
+            return verification_figures(
+                query,
+                gallery,
+                matches,
+                metric=self.metric,
+                same_camera=self.same_camera,
+                far=self.far,
+                progress=bar.report,
+            )
 
     def _reranked(self, query: Embeddings, gallery: Embeddings) -> MatchPositions:
         # Junk would be somebody's neighbour; the published figures are without it.
         gallery = _without_junk(gallery)
+        ids = query.pids, query.camids, gallery.pids, gallery.camids
         rows = rerank_rows(
             query.features,
             gallery.features,
@@ -94,14 +190,16 @@ class Retrieval(Evaluator):
             lam=self.lambda_value,
         )
         with ProgressBar("re-ranking") as bar:
+            if self.protocol == "cuhk03":
+                return single_shot_positions_of_rows(
+                    rows,
+                    *ids,
+                    same_camera=self.same_camera,
+                    repeats=self.repeats,
+                    progress=bar.report,
+                )
             return match_positions_of_rows(
-                rows,
-                query.pids,
-                query.camids,
-                gallery.pids,
-                gallery.camids,
-                same_camera=self.same_camera,
-                progress=bar.report,
+                rows, *ids, same_camera=self.same_camera, progress=bar.report
             )
 
     def rank(self, query: Embeddings, gallery: Embeddings, k: int) -> tuple[Tensor, Tensor]:
@@ -113,10 +211,11 @@ class Retrieval(Evaluator):
         return ranked_lists(query, gallery, k=k, metric=self.metric, everything=True)
 
     def precisions(self, query: Embeddings, gallery: Embeddings) -> Tensor:
-        matches = match_positions(query, gallery, metric=self.metric, same_camera=self.same_camera)
+        matches = self._positions(query, gallery)
         values = torch.full((len(query.pids),), torch.nan, dtype=torch.float64)
-        valid = torch.from_numpy(np.diff(matches.offsets) > 0)
-        values[valid] = torch.from_numpy(average_precisions(matches, ap=self.ap))
+        valid = torch.from_numpy(np.diff(matches.offsets)[:: self.repeats] > 0)
+        found = torch.from_numpy(average_precisions(matches, ap=self.ap))
+        values[valid] = found.view(-1, self.repeats).mean(dim=1)
         return values
 
     def check_ids(self, query: Sequence[Sample], gallery: Sequence[Sample]) -> list[str]:
@@ -125,6 +224,8 @@ class Retrieval(Evaluator):
         counts = check_matchable(
             query_pids, query_camids, gallery_pids, gallery_camids, self.same_camera
         )
+        if self.verification:
+            check_impostors(query_pids, gallery_pids)
         reasons = {
             "have no image of their person in the gallery": counts.without_gallery,
             "have images of their person by their own camera alone": counts.same_camera_only,

@@ -1,0 +1,85 @@
+"""Which cameras find people in which: the figures of each pair of cameras."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from reidreg.distances import IntArray
+from reidreg.matching import JUNK, labels_of_sides
+from reidreg.metrics import average_precisions
+from reidreg.ranking import MatchPositions, Progress, match_positions
+from reidreg.values import Embeddings
+
+
+def camera_pairs(
+    query: Embeddings,
+    gallery: Embeddings,
+    *,
+    metric: str = "cosine",
+    same_camera: str = "drop",
+    ap: str = "rectangle",
+    budget_mib: float = 256,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """mAP and rank-1 of one camera's queries against the images of one camera alone.
+
+    The rule of what is left out is kept, so that with `same_camera` `drop` no camera is paired
+    with itself. Each camera of the gallery is ranked once; together that is one more evaluation.
+
+    Args:
+        query: Q embeddings.
+        gallery: G embeddings.
+        metric: `cosine` or `euclidean` (squared).
+        same_camera: `drop` or `keep`.
+        ap: `rectangle` or `trapezoid`.
+        budget_mib: Memory to use beside the features, in MiB.
+        progress: Called with the number of cameras done and of all.
+
+    Returns:
+        `query_camera, gallery_camera, num_queries, mAP, rank1` of each pair in which a query has a
+        match, ordered by both cameras; `num_queries` are those with a match there.
+
+    Raises:
+        DataError: The features or labels do not fit together, or are not finite.
+        ConfigError: An option is wrong.
+    """
+    query_camids = query.camids.cpu().numpy()
+    cameras = np.unique(gallery.camids.cpu().numpy())
+    rows = []
+    for done, camera in enumerate(cameras.tolist(), 1):
+        # What other cameras took is junk here, which costs neither a copy nor a distance.
+        pids = gallery.pids.masked_fill(gallery.camids != camera, JUNK)
+        alone = replace(gallery, pids=pids)
+        if len(labels_of_sides(query, alone, same_camera).matches()[0]):
+            matches = match_positions(
+                query, alone, metric=metric, same_camera=same_camera, budget_mib=budget_mib
+            )
+            rows += _rows(matches, query_camids, camera, ap)
+        if progress:
+            progress(done, len(cameras))
+    return sorted(rows, key=lambda row: (row["query_camera"], row["gallery_camera"]))
+
+
+def _rows(
+    matches: MatchPositions, query_camids: IntArray, camera: int, ap: str
+) -> list[dict[str, Any]]:
+    """The figures of each query camera against one gallery camera."""
+    valid = np.diff(matches.offsets) > 0
+    precisions = average_precisions(matches, ap=ap)
+    hits = matches.positions[matches.offsets[:-1][valid]] == 1
+    rows = []
+    for query_camera in np.unique(query_camids[valid]).tolist():
+        own = query_camids[valid] == query_camera
+        rows.append(
+            {
+                "query_camera": query_camera,
+                "gallery_camera": camera,
+                "num_queries": int(own.sum()),
+                "mAP": float(precisions[own].mean()),
+                "rank1": float(hits[own].mean()),
+            }
+        )
+    return rows

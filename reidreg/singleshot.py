@@ -1,0 +1,155 @@
+"""The single-shot protocol of CUHK03: a gallery of one image per person, drawn again and again.
+
+Li et al., DeepReID: Deep Filter Pairing Neural Network for Person Re-identification, CVPR 2014. In
+each repeat, and for each query, one image of every identity is drawn from what the same-camera rule
+leaves of the gallery, and the query's one match is ranked among them. The CMC curve is the average
+over the repeats. With one match the average precision is 1 / position, and so is the inverse
+negative penalty; mAP and mINP are the mean of that over queries and repeats, and not to be compared
+with figures that count every match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reidreg.distances import Distances, IntArray, Plan, check_at_least, spans
+from reidreg.errors import DataError
+from reidreg.matching import Ids, MatchLabels, count_matchable, labels_of_sides
+from reidreg.ranking import MatchPositions, Progress
+from reidreg.values import Embeddings
+
+Rows = Iterable[tuple[int, "Tensor | NDArray[Any]"]]
+
+
+def single_shot_positions(
+    query: Embeddings,
+    gallery: Embeddings,
+    *,
+    metric: str = "cosine",
+    same_camera: str = "drop",
+    repeats: int = 10,
+    seed: int = 0,
+    budget_mib: float = 256,
+    progress: Progress | None = None,
+) -> MatchPositions:
+    """The position of each query's one match, in every repeat.
+
+    All distances are computed exactly, which suits a gallery of thousands.
+
+    Args:
+        query: Q embeddings.
+        gallery: G embeddings.
+        metric: `cosine` or `euclidean` (squared).
+        same_camera: `drop` or `keep`.
+        repeats: How often a gallery is drawn.
+        seed: Of the draws. They depend on it, the query's place and the labels alone.
+        budget_mib: Memory to use beside the features, in MiB.
+        progress: Called with the number of queries done and of all.
+
+    Returns:
+        Positions of Q * repeats lists, the repeats of a query side by side.
+
+    Raises:
+        DataError: The features or labels do not fit together, are not finite, or match nowhere.
+        ConfigError: An option is wrong.
+    """
+    labels = labels_of_sides(query, gallery, same_camera)
+    count_matchable(labels)
+    distances = Distances(query.features, gallery.features, metric, (query.paths, gallery.paths))
+    rows = _exact_rows(distances, budget_mib)
+    return _positions(rows, labels, repeats, seed, progress)
+
+
+def single_shot_positions_of_rows(
+    rows: Rows,
+    query_pids: Ids,
+    query_camids: Ids,
+    gallery_pids: Ids,
+    gallery_camids: Ids,
+    *,
+    same_camera: str = "drop",
+    repeats: int = 10,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> MatchPositions:
+    """As `single_shot_positions`, from distances that are given, as to `match_positions_of_rows`.
+
+    Raises:
+        DataError: Distances are missing or not finite, or no query has a match.
+        ConfigError: An option is wrong.
+    """
+    labels = MatchLabels.of(query_pids, query_camids, gallery_pids, gallery_camids, same_camera)
+    count_matchable(labels)
+    return _positions(rows, labels, repeats, seed, progress)
+
+
+def _exact_rows(distances: Distances, budget_mib: float) -> Iterator[tuple[int, Tensor]]:
+    plan = Plan.of(budget_mib, distances.dim)
+    # A row is held three times: on the device, on the CPU, and by identity.
+    size = max(1, int(budget_mib * 2**20) // 4 // (len(distances.gallery) * 24))
+    for span in spans(len(distances.query), min(size, plan.queries)):
+        yield span.start, distances.rows(span, plan.exact, exact=True)
+
+
+def _positions(
+    rows: Rows, labels: MatchLabels, repeats: int, seed: int, progress: Progress | None
+) -> MatchPositions:
+    check_at_least("repeats", repeats, 1)
+    draw = _Draw(labels, repeats, seed)
+    total = len(labels.query_pids)
+    found: dict[int, IntArray] = {}
+    for start, chunk in rows:
+        values = chunk.cpu().numpy() if isinstance(chunk, Tensor) else np.asarray(chunk)
+        if values.shape[1:] != (len(labels.gallery_pids),) or not np.isfinite(values).all():
+            raise DataError(f"distances from query {start} on are not finite, or do not fit")
+        for query, row in enumerate(values, start):
+            found[query] = draw.positions(query, row)
+        if progress:
+            progress(len(found), total)
+    if sorted(found) != list(range(total)):
+        raise DataError(f"distances are needed for each of {total} queries, and once")
+    sizes = np.repeat([len(found[query]) > 0 for query in range(total)], repeats)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    positions = np.concatenate([found[query] for query in range(total)])
+    return MatchPositions(positions, offsets, len(labels.gallery_pids))
+
+
+class _Draw:
+    """Draws galleries of one image per identity.
+
+    Args:
+        labels: The labels of both sides.
+        repeats: How many galleries to draw for each query.
+        seed: Of the draws.
+    """
+
+    def __init__(self, labels: MatchLabels, repeats: int, seed: int) -> None:
+        kept = labels.kept
+        self.order = kept[np.argsort(labels.gallery_pids[kept], kind="stable")]
+        self.pids, self.first, self.sizes = np.unique(
+            labels.gallery_pids[self.order], return_index=True, return_counts=True
+        )
+        self.query_pids = labels.query_pids
+        queries, items = labels.matches()
+        counts = np.bincount(queries, minlength=len(labels.query_pids))
+        self.matches = np.split(items, np.cumsum(counts)[:-1])
+        self.repeats, self.seed = repeats, seed
+
+    def positions(self, query: int, row: NDArray[Any]) -> IntArray:
+        """(repeats,) Where the match stands in each drawn gallery; (0,) if there is none."""
+        matches = self.matches[query]
+        if not len(matches):
+            return np.empty(0, dtype=np.int64)
+        # A generator of its own for each query: chunks of any size then draw the same.
+        shares = np.random.default_rng((self.seed, query)).random((self.repeats, len(self.pids)))
+        items = self.order[self.first + (shares * self.sizes).astype(np.int64)]
+        own = int(np.searchsorted(self.pids, self.query_pids[query]))
+        match = matches[(shares[:, own] * len(matches)).astype(np.int64)][:, None]
+        nearer = (row[items] < row[match]) | ((row[items] == row[match]) & (items < match))
+        nearer[:, own] = False
+        return np.asarray(nearer.sum(axis=1) + 1, dtype=np.int64)
