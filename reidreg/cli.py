@@ -254,10 +254,10 @@ def evaluate_command(arguments: list[str]) -> int:
     write_metrics(result.figures, output / "metrics.json")
     logger.info("figures: %s", output / "metrics.json")
     if own["report"]:
-        from reidreg.report import draw_report
+        from reidreg.report import write_report
 
-        path = draw_report(result, output / "report" / "ranked.png")
-        logger.info("ranked galleries: %s", path)
+        path = write_report(result, output / "report")
+        logger.info("report: %s (it shows images of people)", path)
     return 0
 
 

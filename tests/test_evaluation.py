@@ -23,14 +23,11 @@ from reidreg import (
 )
 from reidreg.errors import CheckpointError, ConfigError, DataError
 from reidreg.evaluation import (
-    evaluate_checkpoint,
     evaluate_features,
     load_features,
-    open_checkpoint,
     save_features,
 )
-from reidreg.interfaces import EVALUATORS, Evaluator
-from reidreg.report import draw_report, pick_queries
+from reidreg.interfaces import EVALUATORS
 
 
 @pytest.fixture(scope="module")
@@ -171,37 +168,6 @@ def test_the_extractor_gives_unit_vectors_for_every_kind_of_crop(
 def test_the_extractor_refuses_what_is_no_crop(trained: Path, crop: Any) -> None:
     with pytest.raises(DataError, match="a crop is"):
         FeatureExtractor(trained)([crop])
-
-
-# --------------------------------------------------------------------- the picture
-
-
-def test_the_report_shows_queries_by_the_average_precision_of_the_figures(
-    trained: Path, tmp_path: Path
-) -> None:
-    evaluation = evaluate_checkpoint(*open_checkpoint(trained))
-    sides = evaluation.query, evaluation.gallery
-    precision = evaluation.evaluator.precisions(*sides)
-    # What an evaluator without a faster way gives.
-    assert torch.allclose(
-        precision, Evaluator.precisions(evaluation.evaluator, *sides), equal_nan=True
-    )
-    valid = precision[~precision.isnan()]
-    assert len(valid) == evaluation.figures["num_valid_queries"]
-    assert valid.mean().item() == pytest.approx(evaluation.figures["mAP"], abs=1e-6)
-    path = draw_report(evaluation, tmp_path / "new folder/ranked.png", rows=2, k=5)
-    with Image.open(path) as image:
-        assert image.format == "PNG" and image.width > 400
-        colours = {colour for _, colour in image.getcolors(1 << 24) or []}
-    assert (179, 38, 30) in colours  # after one epoch something is wrong
-
-
-def test_queries_are_picked_from_both_ends_and_none_twice() -> None:
-    precision = torch.tensor([0.5, float("nan"), 0.9, 0.1, 0.7, 0.3])
-    sections = dict(pick_queries(precision, 2))
-    assert sections["Best"] == [2, 4] and sections["Worst"] == [3, 5]
-    assert sections["Random"] == [0]
-    assert dict(pick_queries(precision[:1], 4)) == {"Best": [0]}
 
 
 def test_loading_a_checkpoint_gives_its_configuration(trained: Path) -> None:

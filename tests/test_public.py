@@ -103,10 +103,16 @@ def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
             ]
 
 
+def module_of(path: Path) -> str:
+    """The dotted name under which a file of the package is imported."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
 def graph() -> dict[str, set[str]]:
     """Which modules of the package each one imports at its top level."""
-    modules = {f"reidreg.{path.stem}": path for path in OURS if path.stem != "__init__"}
-    modules["reidreg"] = PACKAGE / "__init__.py"
+    modules = {module_of(path): path for path in OURS}
     return {
         name: {module for module in imports(path, everywhere=False) if module in modules} - {name}
         for name, path in modules.items()

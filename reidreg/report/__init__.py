@@ -1,0 +1,78 @@
+"""An evaluation to look at: one HTML page, and pictures for papers and slides."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+
+from reidreg.evaluation import Evaluation
+from reidreg.logs import logger
+from reidreg.report.galleries import RankedQuery, ranked_queries
+from reidreg.report.page import render_page, score_name
+from reidreg.report.plots import draw_cmc, draw_scores
+from reidreg.report.sheet import draw_sheet
+from reidreg.report.thumbnails import Thumbnails
+
+_SHEET_ROWS = 4
+
+
+def write_report(
+    evaluation: Evaluation,
+    folder: str | Path,
+    *,
+    rows: int = 10,
+    k: int = 10,
+    date: datetime | None = None,
+) -> Path:
+    """Write the report of an evaluation.
+
+    `index.html` is one page that needs no network and no other file: figures, CMC curve, camera
+    pairs, scores and ranked galleries, as far as the figures have them. Beside it stand
+    `cmc.png`, `scores.png` and `ranked.png`. The page and `ranked.png` show images of people. The
+    same evaluation gives the same bytes, but for the date.
+
+    Args:
+        evaluation: What to show. Features without paths give a page without galleries; an image
+            whose file is gone leaves an empty tile, and the log counts them.
+        folder: Where the files go.
+        rows: How many of the best, of the worst and of some random queries to show.
+        k: Gallery images of each query; those that the evaluation leaves out come on top.
+        date: When the evaluation was made; None is now.
+
+    Returns:
+        The page.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    date = date or datetime.now(timezone.utc)
+    figures, thumbnails = evaluation.figures, Thumbnails()
+    if evaluation.query.paths and evaluation.gallery.paths:
+        queries = ranked_queries(evaluation, rows=rows, k=k)
+        page = render_page(evaluation, queries, thumbnails, date)
+        draw_sheet(_first(queries), figures, folder / "ranked.png")
+    else:
+        reason = "These features come without the paths of their images."
+        page = render_page(evaluation, [], thumbnails, date, reason)
+    draw_cmc(figures, folder / "cmc.png")
+    draw_scores(
+        figures.get("verification", {}), score_name(evaluation.options), folder / "scores.png"
+    )
+    path = folder / "index.html"
+    # A file name may hold bytes that are no UTF-8.
+    path.write_text(page, encoding="utf-8", errors="replace")
+    if thumbnails.missing:
+        logger.warning(
+            "report: %d of its images cannot be read, the first is %s",
+            len(thumbnails.missing),
+            thumbnails.missing[0],
+        )
+    return path
+
+
+def _first(queries: list[RankedQuery]) -> list[RankedQuery]:
+    """The first of each sort, for a picture of one screen."""
+    return [
+        query
+        for sort in ("best", "worst", "random")
+        for query in [query for query in queries if query.sort == sort][:_SHEET_ROWS]
+    ]

@@ -1,0 +1,205 @@
+"""Curves as coordinates; the page's template draws them, so that they follow its colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from reidreg.report.figures import blocks, is_number
+
+WIDTH, HEIGHT = 520, 320
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 16, 54
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range of values along one side of a chart.
+
+    Args:
+        low: The value at `start`.
+        high: The value at `stop`.
+        start: Where it begins, in the chart's units.
+        stop: Where it ends.
+    """
+
+    low: float
+    high: float
+    start: float
+    stop: float
+
+    def at(self, value: float) -> float:
+        """Where a value lies."""
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.stop - self.start), 1)
+
+    def ticks(self, count: int = 5) -> list[tuple[float, float]]:
+        """About `count` round values, each with its place."""
+        rough = (self.high - self.low) / count
+        scale = 10.0 ** math.floor(math.log10(rough))
+        step = next(m * scale for m in (1, 2, 5, 10) if m * scale >= rough * 0.999)
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
+        return [(round(n * step, 10), self.at(n * step)) for n in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart.
+
+    Args:
+        name: For the legend.
+        style: Its class in the style sheet.
+        path: An SVG path.
+        points: What a pointer can read off: x, y, text.
+        whiskers: Intervals: x, y of the lower end, y of the upper end.
+    """
+
+    name: str
+    style: str
+    path: str
+    points: list[tuple[float, float, str]] = field(default_factory=list)
+    whiskers: list[tuple[float, float, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart, all but drawn.
+
+    Args:
+        x: The horizontal axis.
+        y: The vertical axis.
+        x_ticks: Place and text.
+        y_ticks: Place and text.
+        x_label: What x is.
+        y_label: What y is.
+        curves: The lines.
+        summary: The chart in a sentence, for those who do not see it.
+        mark: A value of x to mark: place and text.
+    """
+
+    x: Axis
+    y: Axis
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    x_label: str
+    y_label: str
+    curves: list[Curve]
+    summary: str
+    mark: tuple[float, str] | None = None
+
+
+def cmc_chart(figures: Mapping[str, Any]) -> Chart | None:
+    """The CMC curves of the raw figures and of each post-processed block, or None without any."""
+    found = {title: block for title, block in blocks(figures).items() if block.get("cmc")}
+    if not found:
+        return None
+    ranks = max(len(block["cmc"]) for block in found.values())
+    lowest = min(min(block["cmc"]) for block in found.values())
+    lowest = min(
+        [lowest, *(low for block in found.values() for _, low, _ in rank_intervals(block))]
+    )
+    x = Axis(1, max(ranks, 2), _LEFT, WIDTH - _RIGHT)
+    # From the ten per cent below the lowest point, so that good curves can be told apart.
+    y = Axis(min(math.floor(lowest * 10) / 10, 0.9), 1, HEIGHT - _BOTTOM, _TOP)
+    curves = [
+        Curve(
+            name=title,
+            style=f"curve-{number % 3}",
+            path=_line([(x.at(k), y.at(share)) for k, share in enumerate(block["cmc"], 1)]),
+            points=[
+                (x.at(k), y.at(share), f"{title}, rank {k}: {share:.1%}")
+                for k, share in enumerate(block["cmc"], 1)
+            ],
+            whiskers=[(x.at(k), y.at(low), y.at(high)) for k, low, high in rank_intervals(block)],
+        )
+        for number, (title, block) in enumerate(found.items())
+    ]
+    summary = "; ".join(
+        f"{title}: {block['cmc'][0]:.1%} at rank 1, {block['cmc'][-1]:.1%} at rank "
+        f"{len(block['cmc'])}"
+        for title, block in found.items()
+    )
+    marks = [k for k in (1, 5, 10, 20, 30, 40, 50, 75, 100, 150, 200) if k <= ranks]
+    return Chart(
+        x=x,
+        y=y,
+        x_ticks=[(x.at(k), str(k)) for k in marks],
+        y_ticks=[(place, f"{value:.0%}") for value, place in y.ticks()],
+        x_label="Rank",
+        y_label="Queries matched",
+        curves=curves,
+        summary=summary,
+    )
+
+
+def rank_intervals(block: Mapping[str, Any]) -> list[tuple[int, float, float]]:
+    """The confidence intervals of a CMC curve where they are known: rank, low, high."""
+    intervals = block.get("intervals", {})
+    return [(k, *intervals[f"rank{k}"]) for k in (1, 5, 10) if intervals.get(f"rank{k}")]
+
+
+def score_chart(verification: Mapping[str, Any], label: str) -> Chart | None:
+    """How the scores of genuine and of impostor pairs lie, or None without a histogram.
+
+    Args:
+        verification: The block of figures.
+        label: What a score is.
+    """
+    histogram = verification.get("histogram")
+    if not histogram:
+        return None
+    edges = histogram["edges"]
+    shares = {name: shares_of(histogram[name]) for name in ("genuine", "impostor")}
+    x = Axis(edges[0], edges[-1], _LEFT, WIDTH - _RIGHT)
+    y = Axis(0, max(*shares["genuine"], *shares["impostor"]) or 1.0, HEIGHT - _BOTTOM, _TOP)
+    curves = [
+        Curve(f"{name.capitalize()} pairs", name, _steps(x, y, edges, shares[name]))
+        for name in ("impostor", "genuine")
+    ]
+    threshold = verification.get("threshold")
+    mark = None
+    if is_number(threshold) and edges[0] <= threshold <= edges[-1]:
+        mark = (x.at(threshold), f"threshold {threshold:.3f}")
+    means = {name: _mean(edges, share) for name, share in shares.items()}
+    return Chart(
+        x=x,
+        y=y,
+        x_ticks=[(place, f"{value:g}") for value, place in x.ticks(6)],
+        y_ticks=[(place, f"{value:.3g}%") for value, place in _percent(y).ticks(4)],
+        x_label=label,
+        y_label="Share of pairs",
+        curves=curves,
+        summary=f"{label}: genuine pairs lie around {means['genuine']:.2f}, impostor pairs around "
+        f"{means['impostor']:.2f}"
+        + (f"; the threshold is {threshold:.3f}" if is_number(threshold) else ""),
+        mark=mark,
+    )
+
+
+def shares_of(counts: Sequence[float]) -> list[float]:
+    """Counts as shares of their sum; all zero where there is nothing."""
+    total = sum(counts)
+    return [count / total if total else 0.0 for count in counts]
+
+
+def _mean(edges: Sequence[float], shares: Sequence[float]) -> float:
+    middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+    return sum(middle * share for middle, share in zip(middles, shares, strict=True))
+
+
+def _percent(axis: Axis) -> Axis:
+    return Axis(axis.low * 100, axis.high * 100, axis.start, axis.stop)
+
+
+def _line(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
+
+
+def _steps(x: Axis, y: Axis, edges: Sequence[float], shares: Sequence[float]) -> str:
+    """A closed outline of a histogram's bars."""
+    path = [f"M{x.at(edges[0]):g} {y.at(0):g}"]
+    for right, share in zip(edges[1:], shares, strict=True):
+        path.append(f"V{y.at(share):g}H{x.at(right):g}")
+    return "".join([*path, f"V{y.at(0):g}Z"])

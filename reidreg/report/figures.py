@@ -1,0 +1,74 @@
+"""An evaluation's figures as a report shows them, whatever blocks they have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+NAMES = {"mAP": "mAP", "mINP": "mINP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10"}
+_BLOCKS = {"reranked": "Re-ranked", "expanded": "Expanded"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of one block.
+
+    Args:
+        value: The figure, a fraction.
+        interval: Its 95 % confidence interval, or None.
+        gain: How much more it is than the raw one, or None for the raw one itself.
+    """
+
+    value: float
+    interval: tuple[float, float] | None
+    gain: float | None
+
+
+def blocks(figures: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The raw figures and each post-processed block of the same keys, by title."""
+    found = {"Raw": figures}
+    for key, block in figures.items():
+        if isinstance(block, Mapping) and any(name in block for name in NAMES):
+            # Intervals have these keys as well, but hold pairs.
+            if key != "intervals":
+                found[_BLOCKS.get(key, key)] = block
+    return found
+
+
+def figure_table(figures: Mapping[str, Any]) -> dict[str, list[Figure | None]]:
+    """Each figure that is there, by name, with a cell for each block."""
+    columns = blocks(figures).values()
+    return {
+        name: [_figure(figures, block, key) for block in columns]
+        for key, name in NAMES.items()
+        if any(is_number(block.get(key)) for block in columns)
+    }
+
+
+def _figure(raw: Mapping[str, Any], block: Mapping[str, Any], key: str) -> Figure | None:
+    if not is_number(block.get(key)):
+        return None
+    interval = block.get("intervals", {}).get(key)
+    compare = block is not raw and is_number(raw.get(key))
+    return Figure(
+        block[key],
+        (interval[0], interval[1]) if interval else None,
+        block[key] - raw[key] if compare else None,
+    )
+
+
+def skipped(figures: Mapping[str, Any]) -> list[str]:
+    """How many queries are not counted, and why, a line for each reason."""
+    reasons = {
+        "without_gallery": "have no image of their person in the gallery",
+        "same_camera_only": "have images of their person by their own camera alone",
+    }
+    counts = figures.get("skipped", {})
+    return [f"{counts[key]:,} {text}" for key, text in reasons.items() if counts.get(key)]
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a figure is there and finite: what is undefined is None or NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

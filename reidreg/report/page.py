@@ -1,0 +1,196 @@
+"""The report as one HTML page: everything inside it, nothing from elsewhere, every name escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from reidreg import __version__
+from reidreg.evaluation import Evaluation
+from reidreg.report.cameras import camera_matrix
+from reidreg.report.charts import HEIGHT, WIDTH, cmc_chart, score_chart
+from reidreg.report.figures import blocks, figure_table, is_number, skipped
+from reidreg.report.galleries import RankedQuery
+from reidreg.report.thumbnails import Thumbnails
+from reidreg.values import Embeddings
+
+_FOLDER = Path(__file__).parent
+_TILE_WIDTH = 64
+_SCORES = {"cosine": "Cosine similarity", "euclidean": "Squared Euclidean distance"}
+
+
+def render_page(
+    evaluation: Evaluation,
+    queries: Sequence[RankedQuery],
+    thumbnails: Thumbnails,
+    date: datetime,
+    no_galleries: str = "No query has a match.",
+) -> str:
+    """The page of an evaluation.
+
+    Args:
+        evaluation: What to show.
+        queries: The ranked galleries.
+        thumbnails: Takes in the images that the page shows, and counts those that it cannot.
+        date: When the evaluation was made.
+        no_galleries: Why there are no ranked galleries, where there are none.
+    """
+    figures = evaluation.figures
+    for query in queries:
+        for path in (query.path, *(image.path for image in query.images)):
+            thumbnails.name(path)
+    verification = figures.get("verification")
+    style, script = _asset("page.css"), _asset("page.js")
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=evaluation.about.get("Data set", "Evaluation"),
+            lead=_lead(figures),
+            version=__version__,
+            date=date,
+            style=style,
+            script=script,
+            policy=_policy(style, script),
+            table=figure_table(figures),
+            blocks=list(blocks(figures)),
+            intervals="intervals" in figures,
+            facts=_facts(evaluation),
+            width=WIDTH,
+            height=HEIGHT,
+            cmc=cmc_chart(figures),
+            verification=verification,
+            scores=verification and score_chart(verification, score_name(evaluation.options)),
+            rates=verification and _rates(verification),
+            cameras=camera_matrix(figures.get("cameras") or []),
+            queries=queries,
+            no_galleries=no_galleries,
+            sorts=list(dict.fromkeys(query.sort for query in queries)),
+            query_cameras=sorted({query.camid for query in queries}),
+            query_pids=sorted({query.pid for query in queries}),
+            thumbnails=thumbnails,
+            tile=(_TILE_WIDTH, thumbnails.tile_height(_TILE_WIDTH)),
+        )
+    )
+
+
+def score_name(options: Mapping[str, Any]) -> str:
+    """What the scores of an evaluator with these options are."""
+    return _SCORES.get(str(options.get("metric")), "Score")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["filename"] = lambda path: Path(path).name or path
+    return environment
+
+
+def _asset(name: str) -> Markup:
+    return Markup((_FOLDER / name).read_text(encoding="utf-8"))
+
+
+def _policy(style: str, script: str) -> str:
+    """A content security policy under which this style and this script run, and nothing else."""
+    hashes = [
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+        for text in (style, script)
+    ]
+    return (
+        f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _lead(figures: Mapping[str, Any]) -> str:
+    headline = [
+        f"{name} {figures[key]:.1%}"
+        for key, name in (("mAP", "mAP"), ("rank1", "rank-1"))
+        if is_number(figures.get(key))
+    ]
+    counts = [
+        f"{figures[key]:,} {what}"
+        for key, what in (("num_valid_queries", "queries"), ("num_gallery", "gallery images"))
+        if key in figures
+    ]
+    return ", ".join(headline) + (" for " if headline and counts else "") + " in ".join(counts)
+
+
+def _facts(evaluation: Evaluation) -> dict[str, list[str]]:
+    """What was evaluated: label to lines."""
+    figures = evaluation.figures
+    facts = {label: [text] for label, text in evaluation.about.items()}
+    facts["Queries"] = [_side(evaluation.query), *skipped(figures)]
+    facts["Gallery"] = [_side(evaluation.gallery)]
+    options = {key: value for key, value in evaluation.options.items() if key != "name"}
+    if evaluation.options:
+        name = str(evaluation.options.get("name", ""))
+        facts["Evaluator"] = [name, ", ".join(f"{key} {_word(v)}" for key, v in options.items())]
+    return facts
+
+
+def _side(side: Embeddings) -> str:
+    pids = side.pids[side.pids != -1].tolist()
+    junk = len(side.pids) - len(pids)
+    return (
+        f"{len(side.pids):,} images, {len(set(pids)):,} people, "
+        f"{len(set(side.camids.tolist())):,} cameras" + (f"; {junk:,} of them junk" if junk else "")
+    )
+
+
+def _word(value: Any) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True)
+class _Rates:
+    names: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
+def _rates(verification: Mapping[str, Any]) -> _Rates | None:
+    """True-accept and identification rates beside each other, a row for each false-accept rate."""
+    kinds = {"TAR": ("tar_at_far", "tar"), "DIR": ("dir_at_far", "dir")}
+    columns = {
+        name: {entry["far"]: entry for entry in verification.get(block) or []}
+        for name, (block, _) in kinds.items()
+    }
+    columns = {name: entries for name, entries in columns.items() if entries}
+    fars = sorted({far for entries in columns.values() for far in entries})
+    rows = [
+        (
+            f"{far:.4g}",
+            [
+                text
+                for name, entries in columns.items()
+                for text in (
+                    _rate(entries.get(far, {}).get(kinds[name][1])),
+                    _threshold(entries.get(far, {}).get("threshold")),
+                )
+            ],
+        )
+        for far in fars
+    ]
+    names = [word for name in columns for word in (name, "from score")]
+    return _Rates(names, rows) if rows else None
+
+
+def _rate(value: Any) -> str:
+    return f"{value:.1%}" if is_number(value) else "–"
+
+
+def _threshold(value: Any) -> str:
+    return f"{value:.3f}" if is_number(value) else "–"

@@ -1,0 +1,99 @@
+"""The report's curves as pictures, for papers and slides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reidreg.report.charts import rank_intervals, shares_of
+from reidreg.report.figures import blocks, is_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INK, _FAINT = "#1b1c1f", "#d5d5d1"
+_CURVES = (("#1f4e9c", "-"), ("#9a4a00", "--"), ("#6f42a8", ":"))
+_GENUINE, _IMPOSTOR = "#1a7f37", "#b3261e"
+
+
+def draw_cmc(figures: Mapping[str, Any], path: Path) -> bool:
+    """Draw the CMC curves of the raw figures and of each post-processed block.
+
+    Returns:
+        Whether there was a curve to draw; a file is written only then.
+    """
+    curves = {title: block for title, block in blocks(figures).items() if block.get("cmc")}
+    if not curves:
+        return False
+    figure, axes = _canvas("Rank", "Queries matched (%)")
+    for number, (title, block) in enumerate(curves.items()):
+        colour, line = _CURVES[number % len(_CURVES)]
+        percent = [100 * share for share in block["cmc"]]
+        axes.plot(range(1, len(percent) + 1), percent, line, color=colour, lw=2, label=title)
+        for rank, low, high in rank_intervals(block):
+            axes.plot([rank, rank], [100 * low, 100 * high], color=colour, lw=1, marker="_")
+    longest = max(len(block["cmc"]) for block in curves.values())
+    axes.set_xlim(0, longest + 1)
+    axes.set_ylim(top=100)
+    if len(curves) > 1:
+        axes.legend(frameon=False, loc="lower right")
+    _save(figure, path)
+    return True
+
+
+def draw_scores(verification: Mapping[str, Any], score: str, path: Path) -> bool:
+    """Draw how the scores of genuine and of impostor pairs lie, with the threshold.
+
+    Args:
+        verification: The block of figures.
+        score: What a score is, for the axis.
+        path: The PNG to write.
+
+    Returns:
+        Whether there was a histogram to draw; a file is written only then.
+    """
+    histogram = verification.get("histogram")
+    if not histogram:
+        return False
+    figure, axes = _canvas(score, "Share of pairs (%)")
+    for name, colour, line in (("impostor", _IMPOSTOR, "--"), ("genuine", _GENUINE, "-")):
+        axes.stairs(
+            [100 * share for share in shares_of(histogram[name])],
+            histogram["edges"],
+            fill=True,
+            facecolor=(colour, 0.2),
+            edgecolor=colour,
+            linestyle=line,
+            linewidth=1.5,
+            label=f"{name.capitalize()} pairs",
+        )
+    threshold = verification.get("threshold")
+    if is_number(threshold):
+        far = verification.get("far")
+        at = f" at a false-accept rate of {far:g}" if is_number(far) else ""
+        axes.axvline(threshold, color=_INK, lw=1.2, label=f"Threshold {threshold:.3f}{at}")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    _save(figure, path)
+    return True
+
+
+def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
+    # Not pyplot: it keeps figures for a window that nobody opens.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x, color=_INK)
+    axes.set_ylabel(y, color=_INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=_FAINT, lw=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # Without the version of matplotlib, so that the same figures give the same bytes.
+    figure.savefig(path, dpi=150, metadata={"Software": None})
