@@ -85,7 +85,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "format": FORMAT,
         "version": str(VERSION),
         "content": text,
-        "sha256": _digest(text, tensors),
+        "sha256": digest_of(text, tensors),
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -149,7 +149,7 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
         raise CheckpointError(
             f"{path} is damaged or no checkpoint of reidreg ({size:,} bytes; {_reason(error)})"
         ) from error
-    if _digest(content, tensors) != digest:
+    if digest_of(content, tensors) != digest:
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
     return content, tensors
 
@@ -175,7 +175,8 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split())[:100]
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+def digest_of(text: str, tensors: dict[str, Tensor]) -> str:
+    """A SHA-256 over a text and named tensors, which are on the CPU."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         # The shape too: one without elements has no bytes that would tell.

@@ -198,6 +198,8 @@ def fit_command(arguments: list[str]) -> int:
     return 0
 
 
+_NO_CACHE = {"action": "store_true", "help": "extract features anew, and keep none"}
+
 _EVALUATE = """Evaluate a checkpoint, or features of any system.
 
 Needs nothing but the checkpoint and the data; every option of its configuration can be
@@ -211,21 +213,26 @@ def evaluate_command(arguments: list[str]) -> int:
     configs, flags = _take_configs(arguments)
     commands: dict[str, dict[str, Any]] = {
         "ckpt": {"metavar": "FILE", "default": None, "help": "a checkpoint of ours"},
-        "query": {"metavar": "NPZ", "default": None, "help": "features of the query"},
-        "gallery": {"metavar": "NPZ", "default": None, "help": "features of the gallery"},
+        "query": {
+            "metavar": "FILE",
+            "default": None,
+            "help": "features of the query, .npz or .safetensors",
+        },
+        "gallery": {"metavar": "FILE", "default": None, "help": "features of the gallery"},
         "output": {
             "metavar": "DIR",
             "default": None,
             "help": "where metrics.json and the report go; default: the checkpoint's run",
         },
         "report": {"action": "store_true", "help": "draw ranked galleries of some queries"},
+        "no_cache": _NO_CACHE,
     }
     ckpt, help_asked = _value_of("--ckpt", flags), "--help" in flags or "-h" in flags
     prog = "reidreg evaluate"
     if ckpt is None:
         layers = [*configs] if configs else [{"evaluator": {"name": "retrieval"}}]
         if _value_of("--query", flags) is None and not help_asked:
-            raise ConfigError("give --ckpt FILE, or --query NPZ and --gallery NPZ")
+            raise ConfigError("give --ckpt FILE, or --query FILE and --gallery FILE")
         values, own = resolve(
             [*([] if help_asked and not configs else layers)],
             flags,
@@ -244,12 +251,18 @@ def evaluate_command(arguments: list[str]) -> int:
     if own["query"] or own["gallery"]:
         raise ConfigError("--ckpt and --query/--gallery exclude each other")
     from reidreg.describe import evaluation_table
-    from reidreg.evaluation import evaluate_checkpoint, run_folder_of, write_metrics
+    from reidreg.evaluation import (
+        cache_folder_of,
+        evaluate_checkpoint,
+        run_folder_of,
+        write_metrics,
+    )
     from reidreg.logs import log_to_console, logger
 
     log_to_console()
     output = Path(own["output"]) if own["output"] else run_folder_of(Path(ckpt))
-    result = evaluate_checkpoint(checkpoint, config)
+    cache = None if own["no_cache"] else cache_folder_of(Path(ckpt))
+    result = evaluate_checkpoint(checkpoint, config, cache)
     logger.info("%s", "\n".join(evaluation_table(result.figures)))
     write_metrics(result.figures, output / "metrics.json")
     logger.info("figures: %s", output / "metrics.json")
@@ -269,7 +282,7 @@ def _evaluate_features(evaluator: dict[str, Any], own: dict[str, Any]) -> int:
     if own["report"]:
         raise ConfigError("--report draws a checkpoint's galleries; give --ckpt")
     if not (own["query"] and own["gallery"]):
-        raise ConfigError("features are evaluated with both --query NPZ and --gallery NPZ")
+        raise ConfigError("features are evaluated with both --query FILE and --gallery FILE")
     part = EVALUATORS.build(evaluator.pop("name"), **evaluator)
     figures = evaluate_features(own["query"], own["gallery"], part)
     print("\n".join(evaluation_table(figures)))
@@ -278,7 +291,7 @@ def _evaluate_features(evaluator: dict[str, Any], own: dict[str, Any]) -> int:
     return 0
 
 
-_EXTRACT = """Write features as .npz: features (N, D) float32, pids, camids (N,) int64, paths.
+_EXTRACT = """Write features as .npz: features (N, D), pids, camids (N,) int64, paths.
 
 Give --split for a split of the checkpoint's data set, or --images for a folder of images."""
 
@@ -293,6 +306,12 @@ def extract_command(arguments: list[str]) -> int:
         "split": {"metavar": "SPLIT", "default": None, "help": "train, query or gallery"},
         "images": {"metavar": "DIR", "default": None, "help": "a folder of images"},
         "output": {"metavar": "NPZ", "default": None, "help": "the file to write"},
+        "dtype": {
+            "choices": ["float32", "float16"],
+            "default": "float32",
+            "help": "of the features; float16 is half the size and keeps three digits",
+        },
+        "no_cache": _NO_CACHE,
     }
     ckpt = _value_of("--ckpt", flags)
     checkpoint = None
@@ -308,11 +327,19 @@ def extract_command(arguments: list[str]) -> int:
     )
     if own["output"] is None:
         raise ConfigError("give --output FILE.npz")
-    assert checkpoint is not None  # without one, only --help comes this far, and it has left
-    from reidreg.evaluation import extract_checkpoint, save_features
+    # Without one, only --help comes this far, and it has left.
+    assert ckpt is not None and checkpoint is not None
+    from reidreg.evaluation import cache_folder_of, extract_checkpoint
+    from reidreg.features import check_output, save_features
+    from reidreg.logs import log_to_console
 
-    embeddings = extract_checkpoint(checkpoint, config, split=own["split"], images=own["images"])
-    save_features(embeddings, own["output"])
+    log_to_console()
+    check_output(own["output"])
+    cache = None if own["no_cache"] else cache_folder_of(Path(ckpt))
+    embeddings = extract_checkpoint(
+        checkpoint, config, split=own["split"], images=own["images"], cache=cache
+    )
+    save_features(embeddings, own["output"], own["dtype"])
     count, width = embeddings.features.shape
     print(f"{count} features of {width} numbers: {own['output']}")
     return 0

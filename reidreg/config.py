@@ -60,6 +60,7 @@ class InputConfig:
         flip_prob: Probability of a horizontal flip in training.
         padding: Pixels of black on every side before the random crop of training; 0 for none.
         erasing_prob: Probability of erasing a random box in training.
+        flip_test: In evaluation, take the mean of an image's feature and its mirror image's.
         mean: Mean of the channels; null takes what the backbone expects.
         std: Standard deviation of the channels; null takes what the backbone expects.
     """
@@ -68,6 +69,7 @@ class InputConfig:
     flip_prob: Probability = 0.5
     padding: Annotated[int, Interval(ge=0, le=1024)] = 10
     erasing_prob: Probability = 0.5
+    flip_test: bool = False
     mean: tuple[float, float, float] | None = None
     std: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)], Annotated[float, Gt(0)]] | None = (
         None

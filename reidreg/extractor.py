@@ -13,10 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from reidreg.data import read_image
-from reidreg.devices import autocast
 from reidreg.errors import DataError
 from reidreg.evaluation import open_checkpoint, restore_embedder
-from reidreg.transforms import eval_transform
 
 Crop = str | Path | Image.Image | NDArray[np.uint8]
 
@@ -35,9 +33,6 @@ class FeatureExtractor:
             ckpt, {"train": {"device": device, "eval_batch_size": batch_size}}
         )
         self._embedder = restore_embedder(checkpoint, config)
-        size = self._embedder.input
-        assert size.mean is not None and size.std is not None
-        self._transform = eval_transform(size, size.mean, size.std)
         self._embedder.model.eval()
 
     @functools.cached_property
@@ -46,7 +41,6 @@ class FeatureExtractor:
         height, width = self._embedder.input.size
         return self([Image.new("RGB", (width, height))]).shape[1]
 
-    @torch.inference_mode()
     def __call__(self, crops: Sequence[Crop]) -> Tensor:
         """Compute the features of crops.
 
@@ -62,13 +56,11 @@ class FeatureExtractor:
         """
         if not len(crops):
             return torch.empty(0, self._width)
-        embedder, batch = self._embedder, self._embedder.batch_size
+        transform, size = self._embedder.transform, self._embedder.batch_size
         features = []
-        with autocast(embedder.device, embedder.dtype):
-            for start in range(0, len(crops), batch):
-                views = [self._transform(_image(crop)) for crop in crops[start : start + batch]]
-                images = torch.stack(views).to(embedder.device, memory_format=torch.channels_last)
-                features.append(embedder.model(images).embeddings.float().cpu())
+        for start in range(0, len(crops), size):
+            views = [transform(_image(crop)) for crop in crops[start : start + size]]
+            features.append(self._embedder.features(torch.stack(views)))
         return torch.nn.functional.normalize(torch.cat(features))
 
 

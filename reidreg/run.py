@@ -16,8 +16,9 @@ from reidreg.checkpoint import Checkpoint
 from reidreg.config import Config, plain
 from reidreg.data import Labels, TrainLoader, count_workers, labels_of, training_samples
 from reidreg.devices import choose_device
+from reidreg.embedding import Embedder, make_embedder
 from reidreg.errors import CheckpointError, DataError
-from reidreg.evaluation import Embedder, load_weights, make_embedder
+from reidreg.evaluation import load_weights
 from reidreg.interfaces import DATASETS, EVALUATORS, SAMPLERS, Dataset, Evaluator, Sampler
 from reidreg.logs import logger
 from reidreg.meter import Meter

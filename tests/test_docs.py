@@ -25,7 +25,8 @@ from conftest import as_flags
 from reidreg import fit, load_config
 from reidreg.cli import COMMANDS, main
 from reidreg.config import ORDER
-from reidreg.evaluation import extract, save_features
+from reidreg.evaluation import extract
+from reidreg.features import save_features
 from reidreg.logs import logger
 from reidreg.yamlfile import parse_yaml
 from reidreg_plugins.datasets.aihub_kaist import OFFICIAL

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from reidreg import (
-    Embeddings,
     FeatureExtractor,
     evaluate,
     extract,
@@ -24,9 +23,8 @@ from reidreg import (
 from reidreg.errors import CheckpointError, ConfigError, DataError
 from reidreg.evaluation import (
     evaluate_features,
-    load_features,
-    save_features,
 )
+from reidreg.features import save_features
 from reidreg.interfaces import EVALUATORS
 
 
@@ -108,43 +106,6 @@ def test_extraction_wants_a_split_or_a_folder(trained: Path, tmp_path: Path) -> 
         extract(trained, split="test")
     with pytest.raises(DataError, match="no images"):
         extract(trained, images=tmp_path)
-
-
-def test_stored_features_have_the_promised_arrays(tmp_path: Path) -> None:
-    embeddings = Embeddings(
-        torch.randn(3, 4), torch.tensor([1, 2, 3]), torch.tensor([0, 0, 1]), ("a", "b", "c")
-    )
-    save_features(embeddings, tmp_path / "f.npz")
-    with np.load(tmp_path / "f.npz", allow_pickle=False) as file:
-        assert file["features"].dtype == np.float32 and file["features"].shape == (3, 4)
-        assert file["pids"].dtype == np.int64 and file["camids"].dtype == np.int64
-    loaded = load_features(tmp_path / "f.npz")
-    assert torch.equal(loaded.features, embeddings.features) and loaded.paths == embeddings.paths
-
-
-@pytest.mark.parametrize(
-    ("arrays", "reason"),
-    [
-        ({"features": np.ones((2, 3))}, "lacks pids"),
-        ({"features": np.ones(3), "pids": np.ones(3), "camids": np.ones(3)}, "not .N, D. numbers"),
-        ({"features": np.ones((2, 3)), "pids": np.ones(3), "camids": np.ones(2)}, "differ in len"),
-        ({"features": np.array([[object()]]), "pids": [1], "camids": [1]}, "no .npz file of plain"),
-    ],
-)
-def test_feature_files_that_are_wrong_are_refused(
-    arrays: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
-    np.savez(tmp_path / "f.npz", **arrays)
-    with pytest.raises(DataError, match=reason):
-        load_features(tmp_path / "f.npz")
-
-
-def test_a_feature_file_that_is_missing_or_no_archive_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no feature file"):
-        load_features(tmp_path / "f.npz")
-    (tmp_path / "f.npz").write_text("<html>")
-    with pytest.raises(DataError, match="no .npz file"):
-        load_features(tmp_path / "f.npz")
 
 
 def test_the_extractor_gives_unit_vectors_for_every_kind_of_crop(
