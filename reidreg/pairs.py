@@ -6,9 +6,10 @@ distances pass by once, and each distance is counted in one of `CELLS` cells. Al
 depends on the cells alone, so two distances in one cell are a tie.
 
 The cells are float32 numbers cut short: 16 octaves below the largest distance that the longest
-vectors allow, each in 2**17 steps. So distances are told apart to one part in 2**17 of themselves,
-finer than they are rounded; those below 2**-16 of the largest count as one, which is where equal
-vectors end up. A cell's middle, not its edge, is where round numbers such as 0.5 lie.
+vectors allow, each in 2**16 steps. So distances are told apart to one part in 2**16 of themselves,
+and those below 2**-16 of the largest count as one, which is where equal vectors end up. A cell's
+middle, not its edge, is where round numbers such as 0.5 lie. Rounding may move a pair that is next
+to an edge to the cell beside it, and no further.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from reidreg.distances import Distances, FloatArray, IntArray, check_at_least, full_float32, spans
@@ -25,7 +25,7 @@ from reidreg.matching import JUNK, MatchLabels, labels_of_sides
 from reidreg.ranking import Progress
 from reidreg.values import Embeddings
 
-_OCTAVES, _STEP_BITS = 16, 17
+_OCTAVES, _STEP_BITS = 16, 16
 _SHIFT = 23 - _STEP_BITS  # float32 has 23 bits behind the point
 _MOST = 4.0  # the squared distance of opposite vectors of length 1
 _LEAST = _MOST * 2.0**-_OCTAVES
@@ -37,8 +37,9 @@ class PairCounts:
     """The pairs of two sides by their distance, in cells; a larger cell is further apart.
 
     Args:
-        genuine: (CELLS,) int64, how many pairs of the same pid.
-        impostor: (CELLS,) int64, how many pairs of different pids.
+        cells: (C,) int64 ascending, the cells with a pair in them.
+        genuine: (C,) int64, how many pairs of the same pid.
+        impostor: (C,) int64, how many pairs of different pids.
         queries: (K,) the queries that were compared: all but junk.
         nearest_mate: (K,) the cell of each one's nearest genuine pair, CELLS where it has none.
         nearest_impostor: (K,) the cell of its nearest impostor pair, CELLS where it has none.
@@ -46,6 +47,7 @@ class PairCounts:
         scale: What vectors were divided by; 1 for the cosine.
     """
 
+    cells: IntArray
     genuine: IntArray
     impostor: IntArray
     queries: IntArray
@@ -54,18 +56,18 @@ class PairCounts:
     metric: str
     scale: float
 
-    def threshold(self, last: int) -> float:
-        """The score that parts the cells up to `last` from the others; -1 leaves all outside.
+    def threshold(self, refused: int) -> float:
+        """The loosest score that accepts no pair of a cell: 0 refuses all, CELLS none.
 
         A pair is accepted if its cosine is at least this, or, for the metric euclidean, if its
         squared distance is at most this.
         """
-        edge = float(_values(_bits(np.array([last + 1])) - (1 << _SHIFT - 1))[0])
-        return float(self._scores(np.array([edge if last >= 0 else -_LEAST]))[0])
+        edge = _bits(np.array([refused])) - (1 << _SHIFT - 1)
+        return float(self._scores(_values(edge) if refused else np.array([-_LEAST]))[0])
 
-    def scores(self, cells: IntArray) -> FloatArray:
-        """The cosine, or the squared distance, in the middle of cells."""
-        return self._scores(np.where(cells > 0, _values(_bits(cells)), 0.0))
+    def scores(self) -> FloatArray:
+        """(C,) The cosine, or the squared distance, in the middle of each of `cells`."""
+        return self._scores(np.where(self.cells > 0, _values(_bits(self.cells)), 0.0))
 
     def _scores(self, distances: FloatArray) -> FloatArray:
         return 1 - distances / 2 if self.metric == "cosine" else distances * self.scale**2
@@ -105,7 +107,7 @@ def count_pairs(
         gallery: G embeddings; where either side is on a GPU, the work is done there.
         metric: `cosine` or `euclidean` (squared).
         same_camera: `drop` or `keep`.
-        budget_mib: Memory to use beside the features, in MiB; the counts alone take about 80.
+        budget_mib: Memory to use beside the features, in MiB; the counts alone take about 40.
         progress: Called with the number of tiles done and of all.
 
     Raises:
@@ -124,9 +126,12 @@ def count_pairs(
                 count.add(block, piece, items)
                 if progress:
                     progress(done * len(blocks) + nth + 1, len(pieces) * len(blocks))
+    genuine, impostor = (counts[:CELLS].cpu().numpy() for counts in (count.genuine, count.impostor))
+    cells = np.flatnonzero(genuine | impostor)
     return PairCounts(
-        genuine=count.genuine[:CELLS].cpu().numpy(),
-        impostor=count.impostor[:CELLS].cpu().numpy(),
+        cells=cells,
+        genuine=genuine[cells],
+        impostor=impostor[cells],
         queries=count.queries,
         nearest_mate=_nearest(count.nearest_mate),
         nearest_impostor=_nearest(count.nearest_impostor),
@@ -189,7 +194,7 @@ class _Count:
         tile.masked_fill_(own, torch.inf)
         nearest = self.nearest_impostor[block]
         torch.minimum(nearest, tile.amin(dim=1), out=nearest)
-        self.impostor += torch.bincount(_cells(tile).flatten(), minlength=CELLS + 1)
+        _add_to(self.impostor, _cells(tile.flatten()))
 
     def _add_genuine(self, tile: Tensor, own: Tensor, block: slice, piece: slice) -> None:
         row, column = own.nonzero(as_tuple=True)
@@ -198,13 +203,19 @@ class _Count:
             row, column = row[other], column[other]
         values = tile[row, column]
         self.nearest_mate[block].scatter_reduce_(0, row, values, "amin")
-        # Few: adding one by one is faster than a table of all cells.
-        self.genuine.index_add_(0, _cells(values), torch.ones_like(row))
+        _add_to(self.genuine, _cells(values))
 
     def _vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         unit = self.distances.query.unit
         squares = vectors.new_ones(len(vectors)) if unit else vectors.square().sum(dim=1)
         return vectors, squares
+
+
+def _add_to(counts: Tensor, cells: Tensor) -> None:
+    if len(cells) > CELLS // 8:
+        counts += torch.bincount(cells, minlength=len(counts))
+    else:  # a table of all cells would take longer than adding one by one
+        counts.index_add_(0, cells, torch.ones_like(cells, dtype=counts.dtype))
 
 
 def histogram(counts: PairCounts, bins: int = 100) -> dict[str, list[float] | list[int]]:
@@ -218,13 +229,12 @@ def histogram(counts: PairCounts, bins: int = 100) -> dict[str, list[float] | li
         `edges` (bins + 1) ascending, in the unit of the thresholds; `genuine` and `impostor`
         (bins), how many pairs.
     """
-    cells = np.flatnonzero(counts.genuine + counts.impostor)
-    scores = counts.scores(cells)
+    scores = counts.scores()
     edges = np.histogram_bin_edges(scores, bins)
 
-    def binned(kind: IntArray) -> list[int]:
-        weights: NDArray[np.float64] = kind[cells].astype(np.float64)
-        return [int(count) for count in np.histogram(scores, edges, weights=weights)[0]]
+    def binned(pairs: IntArray) -> list[int]:
+        found, _ = np.histogram(scores, edges, weights=pairs.astype(np.float64))
+        return [int(count) for count in found]
 
     return {
         "edges": edges.tolist(),

@@ -56,14 +56,14 @@ def verification_figures(
         metric: `cosine` or `euclidean` (squared).
         same_camera: `drop` or `keep`.
         far: The false-accept rate that the threshold is for, more than 0 and less than 1.
-        budget_mib: Memory to use beside the features, in MiB; the counts alone take about 80.
+        budget_mib: Memory to use beside the features, in MiB; the counts alone take about 40.
         progress: Called with the number of tiles done and of all.
 
     Returns:
         Ready for JSON: `metric, num_genuine, num_impostor, eer, far, threshold, tar_at_far,
-        dir_at_far, histogram`. The middle two are lists over FARs of 1e-4, 1e-3, 1e-2 and `far`,
-        each entry with the loosest threshold whose FAR is not above the wanted one. Thresholds are
-        cosines, or squared distances.
+        dir_at_far, histogram`. `tar_at_far` and `dir_at_far` have an entry for each FAR of 1e-4,
+        1e-3, 1e-2 and `far`, with the loosest threshold whose FAR is not above the wanted one.
+        Thresholds are cosines, or squared distances.
 
     Raises:
         DataError: The features or labels do not fit together or are not finite, no query has a
@@ -75,6 +75,8 @@ def verification_figures(
     if len(matches.offsets) != len(query.pids) + 1:
         count = len(matches.offsets) - 1
         raise DataError(f"the matches are of {count} queries, but there are {len(query.pids)}")
+    if not len(matches.positions):
+        raise DataError("no query has a match in the gallery, so no pair is genuine")
     check_impostors(query.pids, gallery.pids)
     counts = count_pairs(
         query,
@@ -139,10 +141,10 @@ def tar_at_far(counts: PairCounts, far: float) -> dict[str, float]:
     Returns:
         `far, tar, threshold`.
     """
-    last = _loosest(_shares(counts.impostor), far)
-    accepted = int(counts.genuine[: last + 1].sum())
+    refused = _first_refused(counts.cells, counts.impostor, far)
+    accepted = int(counts.genuine[counts.cells < refused].sum())
     tar = accepted / int(counts.genuine.sum())
-    return {"far": far, "tar": tar, "threshold": counts.threshold(last)}
+    return {"far": far, "tar": tar, "threshold": counts.threshold(refused)}
 
 
 def dir_at_far(counts: PairCounts, found: NDArray[np.bool_], far: float) -> dict[str, float]:
@@ -156,11 +158,10 @@ def dir_at_far(counts: PairCounts, found: NDArray[np.bool_], far: float) -> dict
     Returns:
         `far, dir, threshold`.
     """
-    alarms = np.bincount(counts.nearest_impostor, minlength=CELLS + 1)[:CELLS]
-    last = _loosest(alarms.cumsum() / len(counts.queries), far)
-    identified = found & (counts.nearest_mate <= last)
+    refused = _first_refused(*np.unique(counts.nearest_impostor, return_counts=True), far)
+    identified = int((found & (counts.nearest_mate < refused)).sum())
     mated = int((counts.nearest_mate < CELLS).sum())
-    return {"far": far, "dir": int(identified.sum()) / mated, "threshold": counts.threshold(last)}
+    return {"far": far, "dir": identified / mated, "threshold": counts.threshold(refused)}
 
 
 def equal_error_rate(counts: PairCounts) -> float:
@@ -178,9 +179,9 @@ def _shares(pairs: IntArray) -> FloatArray:
     return np.asarray(pairs.cumsum() / int(pairs.sum()))
 
 
-def _loosest(shares: FloatArray, most: float) -> int:
-    """The last cell up to which the share is not above the wanted one; -1 for none."""
-    return int(np.searchsorted(shares, most, side="right")) - 1
+def _first_refused(cells: IntArray, pairs: IntArray, far: float) -> int:
+    """The first of the cells that would bring the share of accepted pairs above the wanted one."""
+    return int(cells[np.searchsorted(_shares(pairs), far, side="right")])
 
 
 def _first_is_match(matches: MatchPositions) -> NDArray[np.bool_]:
