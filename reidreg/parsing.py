@@ -234,6 +234,14 @@ def _flag_layer(flags: Sequence[str]) -> dict[str, Any]:
     return _read_layer(names)
 
 
+def options_given(section: str, layers: Iterable[Layer], flags: Sequence[str]) -> set[str]:
+    """The options of a section that a layer or a flag speaks of, whatever it says of them."""
+    prefix = f"--{section}."
+    given = {str(key) for layer in layers for key in _read_layer(layer).get(section) or {}}
+    named = (flag.partition("=")[0] for flag in flags if flag.startswith(prefix))
+    return given | {flag.removeprefix(prefix) for flag in named}
+
+
 def _holds_part(section: str) -> bool:
     term = section.removeprefix("losses.")
     return section in (*PART_SECTIONS, "schedule") or (

@@ -85,6 +85,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
 
 def verification_figures() -> dict[str, Any]:
     return {
+        "metric": "cosine",
         "num_genuine": 600,
         "num_impostor": 5400,
         "eer": 0.1234,
@@ -241,14 +242,15 @@ def test_curves_keep_what_they_are_drawn_from(evaluation: Evaluation) -> None:
 
 def test_the_score_chart_marks_the_threshold_only_where_it_is_in_sight() -> None:
     figures = verification_figures()
-    chart = score_chart(figures, "Cosine similarity")
+    chart = score_chart(figures)
     assert chart is not None and chart.mark == (chart.x.at(0.5), "threshold 0.500")
+    assert chart.x_label == "Cosine similarity"
     assert "genuine pairs lie around 0.46" in chart.summary
-    beyond = score_chart({**figures, "threshold": 2.0}, "Score")
+    beyond = score_chart({**figures, "threshold": 2.0})
     assert beyond is not None and beyond.mark is None
     empty = {"edges": [0.0, 1.0], "genuine": [0], "impostor": [0]}
-    assert score_chart({"histogram": empty, "threshold": None}, "Score") is not None
-    assert score_chart({"eer": 0.5}, "Score") is None
+    assert score_chart({"histogram": empty, "threshold": None}) is not None
+    assert score_chart({"eer": 0.5}) is None
 
 
 # --------------------------------------------------------------------- images

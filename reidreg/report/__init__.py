@@ -8,7 +8,7 @@ from pathlib import Path
 from reidreg.evaluation import Evaluation
 from reidreg.logs import logger
 from reidreg.report.galleries import RankedQuery, ranked_queries
-from reidreg.report.page import render_page, score_name
+from reidreg.report.page import render_page
 from reidreg.report.plots import draw_cmc, draw_scores
 from reidreg.report.sheet import draw_sheet
 from reidreg.report.thumbnails import Thumbnails
@@ -54,9 +54,7 @@ def write_report(
         reason = "These features come without the paths of their images."
         page = render_page(evaluation, [], thumbnails, date, reason)
     draw_cmc(figures, folder / "cmc.png")
-    draw_scores(
-        figures.get("verification", {}), score_name(evaluation.options), folder / "scores.png"
-    )
+    draw_scores(figures.get("verification", {}), folder / "scores.png")
     path = folder / "index.html"
     # A file name may hold bytes that are no UTF-8.
     path.write_text(page, encoding="utf-8", errors="replace")

@@ -9,8 +9,9 @@ from typing import Any
 
 from reidreg.report.figures import blocks, is_number
 
-WIDTH, HEIGHT = 520, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 16, 54
+WIDTH, HEIGHT, TALL = 520, 320, 500
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 14, 16, 54
+_SCORES = {"cosine": "Cosine similarity", "euclidean": "Squared Euclidean distance"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Chart:
     """A chart, all but drawn.
 
     Args:
+        size: Width and height, in the chart's units.
         x: The horizontal axis.
         y: The vertical axis.
         x_ticks: Place and text.
@@ -79,6 +81,7 @@ class Chart:
         mark: A value of x to mark: place and text.
     """
 
+    size: tuple[int, int]
     x: Axis
     y: Axis
     x_ticks: list[tuple[float, str]]
@@ -90,19 +93,17 @@ class Chart:
     mark: tuple[float, str] | None = None
 
 
-def cmc_chart(figures: Mapping[str, Any]) -> Chart | None:
+def cmc_chart(figures: Mapping[str, Any], height: int = HEIGHT) -> Chart | None:
     """The CMC curves of the raw figures and of each post-processed block, or None without any."""
     found = {title: block for title, block in blocks(figures).items() if block.get("cmc")}
     if not found:
         return None
     ranks = max(len(block["cmc"]) for block in found.values())
-    lowest = min(min(block["cmc"]) for block in found.values())
-    lowest = min(
-        [lowest, *(low for block in found.values() for _, low, _ in rank_intervals(block))]
-    )
+    ends = [low for block in found.values() for _, low, _ in rank_intervals(block)]
+    lowest = min([*ends, *(share for block in found.values() for share in block["cmc"])])
     x = Axis(1, max(ranks, 2), _LEFT, WIDTH - _RIGHT)
     # From the ten per cent below the lowest point, so that good curves can be told apart.
-    y = Axis(min(math.floor(lowest * 10) / 10, 0.9), 1, HEIGHT - _BOTTOM, _TOP)
+    y = Axis(min(math.floor(lowest * 10) / 10, 0.9), 1, height - _BOTTOM, _TOP)
     curves = [
         Curve(
             name=title,
@@ -123,6 +124,7 @@ def cmc_chart(figures: Mapping[str, Any]) -> Chart | None:
     )
     marks = [k for k in (1, 5, 10, 20, 30, 40, 50, 75, 100, 150, 200) if k <= ranks]
     return Chart(
+        size=(WIDTH, height),
         x=x,
         y=y,
         x_ticks=[(x.at(k), str(k)) for k in marks],
@@ -140,13 +142,14 @@ def rank_intervals(block: Mapping[str, Any]) -> list[tuple[int, float, float]]:
     return [(k, *intervals[f"rank{k}"]) for k in (1, 5, 10) if intervals.get(f"rank{k}")]
 
 
-def score_chart(verification: Mapping[str, Any], label: str) -> Chart | None:
-    """How the scores of genuine and of impostor pairs lie, or None without a histogram.
+def score_name(verification: Mapping[str, Any]) -> str:
+    """What the scores of a block of figures are."""
+    return _SCORES.get(str(verification.get("metric")), "Score")
 
-    Args:
-        verification: The block of figures.
-        label: What a score is.
-    """
+
+def score_chart(verification: Mapping[str, Any]) -> Chart | None:
+    """How the scores of genuine and of impostor pairs lie, or None without a histogram."""
+    label = score_name(verification)
     histogram = verification.get("histogram")
     if not histogram:
         return None
@@ -164,6 +167,7 @@ def score_chart(verification: Mapping[str, Any], label: str) -> Chart | None:
         mark = (x.at(threshold), f"threshold {threshold:.3f}")
     means = {name: _mean(edges, share) for name, share in shares.items()}
     return Chart(
+        size=(WIDTH, HEIGHT),
         x=x,
         y=y,
         x_ticks=[(place, f"{value:g}") for value, place in x.ticks(6)],

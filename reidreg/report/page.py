@@ -16,7 +16,7 @@ from markupsafe import Markup
 from reidreg import __version__
 from reidreg.evaluation import Evaluation
 from reidreg.report.cameras import camera_matrix
-from reidreg.report.charts import HEIGHT, WIDTH, cmc_chart, score_chart
+from reidreg.report.charts import HEIGHT, TALL, cmc_chart, score_chart
 from reidreg.report.figures import blocks, figure_table, is_number, skipped
 from reidreg.report.galleries import RankedQuery
 from reidreg.report.thumbnails import Thumbnails
@@ -24,7 +24,6 @@ from reidreg.values import Embeddings
 
 _FOLDER = Path(__file__).parent
 _TILE_WIDTH = 64
-_SCORES = {"cosine": "Cosine similarity", "euclidean": "Squared Euclidean distance"}
 
 
 def render_page(
@@ -47,7 +46,8 @@ def render_page(
     for query in queries:
         for path in (query.path, *(image.path for image in query.images)):
             thumbnails.name(path)
-    verification = figures.get("verification")
+    verification = figures.get("verification") or {}
+    rates = _rates(verification)
     style, script = _asset("page.css"), _asset("page.js")
     return (
         _environment()
@@ -64,12 +64,11 @@ def render_page(
             blocks=list(blocks(figures)),
             intervals="intervals" in figures,
             facts=_facts(evaluation),
-            width=WIDTH,
-            height=HEIGHT,
-            cmc=cmc_chart(figures),
+            # As high as the scores with their table beside it.
+            cmc=cmc_chart(figures, TALL if rates else HEIGHT),
             verification=verification,
-            scores=verification and score_chart(verification, score_name(evaluation.options)),
-            rates=verification and _rates(verification),
+            scores=score_chart(verification),
+            rates=rates,
             cameras=camera_matrix(figures.get("cameras") or []),
             queries=queries,
             no_galleries=no_galleries,
@@ -80,11 +79,6 @@ def render_page(
             tile=(_TILE_WIDTH, thumbnails.tile_height(_TILE_WIDTH)),
         )
     )
-
-
-def score_name(options: Mapping[str, Any]) -> str:
-    """What the scores of an evaluator with these options are."""
-    return _SCORES.get(str(options.get("metric")), "Score")
 
 
 def _environment() -> Environment:
@@ -163,34 +157,28 @@ class _Rates:
 
 def _rates(verification: Mapping[str, Any]) -> _Rates | None:
     """True-accept and identification rates beside each other, a row for each false-accept rate."""
-    kinds = {"TAR": ("tar_at_far", "tar"), "DIR": ("dir_at_far", "dir")}
+    kinds = (("TAR", "tar_at_far", "tar"), ("DIR", "dir_at_far", "dir"))
     columns = {
-        name: {entry["far"]: entry for entry in verification.get(block) or []}
-        for name, (block, _) in kinds.items()
+        name: {entry["far"]: (entry.get(key), entry.get("threshold")) for entry in entries}
+        for name, block, key in kinds
+        if (entries := verification.get(block))
     }
-    columns = {name: entries for name, entries in columns.items() if entries}
-    fars = sorted({far for entries in columns.values() for far in entries})
+    fars = sorted({far for column in columns.values() for far in column})
     rows = [
         (
-            f"{far:.4g}",
+            f"{100 * far:.4g}%",
             [
                 text
-                for name, entries in columns.items()
-                for text in (
-                    _rate(entries.get(far, {}).get(kinds[name][1])),
-                    _threshold(entries.get(far, {}).get("threshold")),
-                )
+                for column in columns.values()
+                for rate, threshold in [column.get(far, (None, None))]
+                for text in (_number(rate, ".1%"), _number(threshold, ".3f"))
             ],
         )
         for far in fars
     ]
-    names = [word for name in columns for word in (name, "from score")]
+    names = [word for name in columns for word in (name, "threshold")]
     return _Rates(names, rows) if rows else None
 
 
-def _rate(value: Any) -> str:
-    return f"{value:.1%}" if is_number(value) else "–"
-
-
-def _threshold(value: Any) -> str:
-    return f"{value:.3f}" if is_number(value) else "–"
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if is_number(value) else "–"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reidreg.report.charts import rank_intervals, shares_of
+from reidreg.report.charts import rank_intervals, score_name, shares_of
 from reidreg.report.figures import blocks, is_number
 
 if TYPE_CHECKING:
@@ -43,12 +43,11 @@ def draw_cmc(figures: Mapping[str, Any], path: Path) -> bool:
     return True
 
 
-def draw_scores(verification: Mapping[str, Any], score: str, path: Path) -> bool:
+def draw_scores(verification: Mapping[str, Any], path: Path) -> bool:
     """Draw how the scores of genuine and of impostor pairs lie, with the threshold.
 
     Args:
         verification: The block of figures.
-        score: What a score is, for the axis.
         path: The PNG to write.
 
     Returns:
@@ -57,7 +56,7 @@ def draw_scores(verification: Mapping[str, Any], score: str, path: Path) -> bool
     histogram = verification.get("histogram")
     if not histogram:
         return False
-    figure, axes = _canvas(score, "Share of pairs (%)")
+    figure, axes = _canvas(score_name(verification), "Share of pairs (%)")
     for name, colour, line in (("impostor", _IMPOSTOR, "--"), ("genuine", _GENUINE, "-")):
         axes.stairs(
             [100 * share for share in shares_of(histogram[name])],
