@@ -2,23 +2,23 @@
 
 A distance must be a function of its two vectors alone; but a matrix product adds up in an order
 that depends on the tile's shape, the number of threads and the device, so that two equal vectors
-may come out one unit in the last place apart. Hence two ways to a distance, both in float64:
+may come out one unit in the last place apart. Hence three ways to a distance, each surer than the
+one before, and each with a bound on how far it is from the last:
 
-- `Distances.approximate` is a plain matrix product, with a bound on its error. Where two items are
-  further apart than the bound (nearly always), their order is certain.
+- `Distances.scores` is a matrix product in float32, as fast as the machine has one. Where two items
+  are further apart than the bound (nearly always), their order is certain.
+- `Distances.pairs` and `Distances.approximate` add up in float64.
 - `Distances.exact` settles the rest. It writes each vector as `high + low` on two grids so coarse
   that every product, and every partial sum of products in whatever order, is a whole multiple of
   the grid's unit and fits the 53 bits of a float64. A sum without rounding has no order: the
   outcome is the same bits on every tile, thread count and device, and equal vectors tie.
-
-A faster kernel, of lower precision, may replace `approximate` if it states its bound: the figures
-cannot change, only the number of pairs that must be settled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
@@ -37,6 +37,9 @@ FloatArray: TypeAlias = NDArray[np.float64]
 METRICS = ("cosine", "euclidean")
 
 _GROUP = 64  # queries whose matches are measured together
+_CHUNK = 128  # products that float32 adds up at a time
+_CACHED = 2**16  # float64 values that fit a cache
+_TAME = 1e-25  # norms between this and its reciprocal are far from float32's ends
 
 
 def ragged(starts: IntArray, sizes: IntArray) -> IntArray:
@@ -57,29 +60,47 @@ def check_at_least(key: str, value: float, least: int) -> None:
         raise ConfigError(f"{key}: {value} is too small; at least {least} is needed")
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever the process has set for its training.
+
+    TF32, bfloat16 passes and autocast would make every bound on a rounding error wrong.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How much is held at a time, so that the budget is kept.
 
     Args:
-        queries: Query vectors.
-        gallery: Gallery vectors.
-        strip: Distances whose places among the matches are looked up at once.
+        queries: Query vectors in float32.
+        gallery: Gallery vectors in float32.
+        exact: Gallery vectors in the parts that exact distances are made of.
+        strip: Values whose places among the matches are looked up at once.
     """
 
     queries: int
     gallery: int
+    exact: int
     strip: int
 
     @classmethod
     def of(cls, budget_mib: float, dim: int) -> Plan:
         check_at_least("budget_mib", budget_mib, 1)
         budget = int(budget_mib * 2**20)
-        side = math.isqrt(budget // 64)  # a tile of distances takes an eighth
+        side = min(math.isqrt(budget // 32), 2**16)  # a tile takes an eighth
         return cls(
-            queries=max(1, min(side, budget // 8 // (dim * 16))),
-            gallery=max(1, min(side, budget // 2 // (dim * 40))),
-            strip=budget // 4 // 128,
+            queries=max(1, min(side // 2, budget // 8 // (dim * 16))),
+            gallery=max(1, min(2 * side, budget // 4 // (dim * 8))),
+            exact=max(1, budget // 4 // (dim * 40)),
+            strip=min(budget // 8 // 64, 2**17),
         )
 
 
@@ -102,8 +123,8 @@ class Side:
         self.features = _matrix(name, features)
         self.device = device
         self.unit = metric == "cosine"
-        pieces = spans(len(self.features), 1024)
-        self.norms = torch.cat([_norms(self._raw(piece)) for piece in pieces])
+        pieces = spans(len(self.features), max(1, _CACHED // self.features.shape[1]))
+        self.norms = torch.cat([_norms(self.raw(piece)) for piece in pieces])
         self._check(name, paths)
         mantissas = torch.frexp(self.norms).mantissa
         one = torch.ones_like(self.norms)
@@ -117,9 +138,21 @@ class Side:
 
     def rows(self, index: slice | IntArray) -> Rows:
         """Some vectors as they are compared; an index array or a slice says which."""
-        raw, where = self._raw(index), self._where(index)
+        raw, where = self.raw(index), self.where(index)
         vectors = raw.div_(self.norms[where, None]) if self.unit else raw
         return Rows(vectors, self.squares[where])
+
+    def fast(self, index: slice | IntArray, scale: float, sign: int = 1) -> Tensor:
+        """Some vectors (n, D) in float32: of length 1 or, for Euclid, divided by `scale`.
+
+        Each number is within 3 units of float32's rounding, 3 * 2**-24, of its value.
+        """
+        raw, where = self.picked(index).to(torch.float32), self.where(index)
+        divisors = self.norms[where] if self.unit else self.norms.new_full((len(raw),), scale)
+        if not _TAME <= float(divisors.min()) <= float(divisors.max()) <= 1 / _TAME:
+            # The reciprocal, or a number, is out of float32's range or next to its end.
+            return (raw.to(torch.float64) * sign / divisors[:, None]).to(torch.float32)
+        return raw * (sign / divisors).to(torch.float32)[:, None]
 
     def split(self, index: slice | IntArray) -> tuple[Tensor, Tensor]:
         """Some vectors as `high + low`, for products without rounding.
@@ -130,18 +163,30 @@ class Side:
         that leaves 53 bits to the sums of `high * low` and of `low * low` in the same way.
         """
         high = self.rows(index).vectors
-        scale = self.scales[self._where(index), None]
+        scale = self.scales[self.where(index), None]
         low = high.clone()
         low -= _round_to(high, scale * 2.0**-26)
         bits = 52 - math.ceil(math.log2(high.shape[1]) / 2)
         return high, _round_to(low, scale * 2.0**-bits)
 
-    def _raw(self, index: slice | IntArray) -> Tensor:
-        picked = self.features[index if isinstance(index, slice) else torch.from_numpy(index)]
-        # Features are float32; float16 and bfloat16 fit into it, wider ones are brought to it.
-        return picked.to(self.device).to(torch.float32).to(torch.float64)
+    def picked(self, index: slice | IntArray) -> Tensor:
+        """Some vectors (n, D) as they were given, in float32 or a type that fits into it."""
+        if isinstance(index, slice):
+            picked = self.features[index]
+        elif len(index) and index[-1] - index[0] + 1 == len(index) and (np.diff(index) == 1).all():
+            # No copy of what lies side by side: `kept` is most often everything.
+            picked = self.features[int(index[0]) : int(index[-1]) + 1]
+        else:
+            picked = self.features[torch.from_numpy(index)]
+        narrow = picked.dtype in (torch.float16, torch.bfloat16)
+        return picked.to(self.device, picked.dtype if narrow else torch.float32)
 
-    def _where(self, index: slice | IntArray) -> slice | Tensor:
+    def raw(self, index: slice | IntArray) -> Tensor:
+        """Some vectors (n, D) as they were given, in float64."""
+        return self.picked(index).to(torch.float64)
+
+    def where(self, index: slice | IntArray) -> slice | Tensor:
+        """An index for `norms` and the like."""
         return index if isinstance(index, slice) else torch.from_numpy(index).to(self.device)
 
     def _check(self, name: str, paths: Sequence[str]) -> None:
@@ -207,6 +252,55 @@ class Distances:
         reach = (self.query.longest + self.gallery.longest) ** 2
         return self.weight * reach * (self.dim + 8) * 2.0**-49
 
+    # A query's scores rise with its distances, and are what float32 computes with the smallest
+    # error: minus the cosine, or half of a squared distance less the query's own square, in units
+    # of `scale` squared.
+
+    @property
+    def scale(self) -> float:
+        """What vectors are divided by for their scores, so that none is longer than 1."""
+        return max(self.query.longest, self.gallery.longest) or 1.0
+
+    @property
+    def score_slack(self) -> float:
+        """A score and the one that follows from the exact distance differ by less than this.
+
+        A sum of n float32 products in any order is off by at most n * 2**-24 of the two norms'
+        product (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1), which
+        is at most 1; adding up `_CHUNK` at a time makes n the longest way of an addend to the sum.
+        The 10 are the roundings of the vectors; half squares are added for squared distances.
+        """
+        steps = min(self.dim, _CHUNK) + math.ceil(self.dim / _CHUNK) + 10
+        return steps * 2.0**-24 * (1.0 if self.query.unit else 2.0) + 2 * self.slack / self.scale**2
+
+    def score_of(self, queries: IntArray, values: Tensor) -> Tensor:
+        """The scores (n,) float64 of exact distances (n,) to the queries (n,)."""
+        if self.query.unit:
+            return values - 1
+        squares = self.query.squares[self._index(queries)]
+        return (values - squares) / (2 * self.scale**2)
+
+    def score_items(self, items: slice | IntArray) -> tuple[Tensor, Tensor | None]:
+        """Gallery vectors (n, D) float32 for `scores`, with what is added to their scores."""
+        vectors = self.gallery.fast(items, self.scale, -1)
+        if self.query.unit:
+            return vectors, None
+        squares = self.gallery.squares[self.gallery.where(items)]
+        return vectors, (squares / (2 * self.scale**2)).to(torch.float32)
+
+    def score_queries(self, queries: slice | IntArray) -> Tensor:
+        """Query vectors (n, D) float32 for `scores`."""
+        return self.query.fast(queries, self.scale)
+
+    def scores(self, queries: Tensor, items: tuple[Tensor, Tensor | None], out: Tensor) -> Tensor:
+        """Scores (n, m) float32 within `score_slack`, written to `out`; in `full_float32` only."""
+        vectors, added = items
+        parts = [slice(k, k + _CHUNK) for k in range(0, self.dim, _CHUNK)]
+        torch.mm(queries[:, parts[0]], vectors[:, parts[0]].T, out=out)
+        for part in parts[1:]:
+            out.addmm_(queries[:, part], vectors[:, part].T)
+        return out if added is None else out.add_(added)
+
     def approximate(self, queries: Rows, items: Rows) -> Tensor:
         """Distances (n, m) within `slack`, as fast as may be."""
         sums = queries.squares[:, None] + items.squares
@@ -233,6 +327,25 @@ class Distances:
             width: How many gallery vectors to hold at a time.
             group: How many queries to take together, with all items that any of them wants.
         """
+        return self._in_blocks(queries, items, width, group, self.exact)
+
+    def near_pairs(
+        self, queries: IntArray, items: IntArray, width: int, group: int = _GROUP
+    ) -> Tensor:
+        """As `exact_pairs`, within `slack`: for pairs of which many share their items."""
+        return self._in_blocks(queries, items, width, group, self._near)
+
+    def _near(self, queries: IntArray, items: IntArray) -> Tensor:
+        return self.approximate(self.query.rows(queries), self.gallery.rows(items))
+
+    def _in_blocks(
+        self,
+        queries: IntArray,
+        items: IntArray,
+        width: int,
+        group: int,
+        measure: Callable[[IntArray, IntArray], Tensor],
+    ) -> Tensor:
         out = torch.empty(len(queries), dtype=torch.float64, device=self.device)
         starts = np.flatnonzero(np.diff(queries, prepend=-1))[::group]
         bounds = [*starts.tolist(), len(queries)]
@@ -241,9 +354,28 @@ class Distances:
             columns, column = np.unique(items[start:stop], return_inverse=True)
             for span in spans(len(columns), width):
                 here = np.flatnonzero((column >= span.start) & (column < span.stop))
-                block = self.exact(rows, columns[span])
+                block = measure(rows, columns[span])
                 index = self._index(row[here] * block.shape[1] + column[here] - span.start)
                 out[self._index(here + start)] = block.flatten()[index]
+        return out
+
+    def pairs(self, queries: IntArray, items: IntArray) -> Tensor:
+        """Distances of single pairs, (M,) float64, within `slack`.
+
+        Args:
+            queries: (M,) rows of the query side.
+            items: (M,) rows of the gallery side.
+        """
+        out = torch.empty(len(queries), dtype=torch.float64, device=self.device)
+        for span in spans(len(queries), max(1, _CACHED // self.dim // 2)):
+            rows, columns = queries[span], items[span]
+            products = self.query.raw(rows).mul_(self.gallery.picked(columns)).sum(dim=1)
+            row, column = self._index(rows), self._index(columns)
+            if self.query.unit:
+                out[span] = 1 - products / (self.query.norms[row] * self.gallery.norms[column])
+            else:
+                squares = self.query.squares[row] + self.gallery.squares[column]
+                out[span] = squares - 2 * products
         return out
 
     def rows(self, queries: slice | IntArray, width: int, *, exact: bool = False) -> Tensor:
@@ -289,15 +421,15 @@ def _matrix(name: str, features: Features) -> Tensor:
 
 
 def _norms(vectors: Tensor) -> Tensor:
-    """Norms that depend on nothing but the vector: the squares are added up by halving.
+    """Norms that depend on nothing but the vector: the squares are added up by halving, in place.
 
     Element-wise additions have a fixed order, which a reduction over a dimension has not.
     """
-    squares = vectors.square_()
-    while squares.shape[1] > 1:
-        half = squares.shape[1] // 2
-        rest = squares[:, 2 * half :]
-        squares = torch.cat([squares[:, :half] + squares[:, half : 2 * half], rest], dim=1)
+    squares, width = vectors.square_(), vectors.shape[1]
+    while width > 1:
+        half = width // 2
+        squares[:, :half] += squares[:, width - half : width]
+        width -= half
     return squares[:, 0].sqrt()
 
 

@@ -100,16 +100,21 @@ class MatchLabels:
 
     def matches(self) -> tuple[IntArray, IntArray]:
         """All pairs (query, gallery item) that are a match, ordered by both."""
-        order = self.kept[np.argsort(self.gallery_pids[self.kept], kind="stable")]
-        pids = self.gallery_pids[order]
-        first = np.searchsorted(pids, self.query_pids, side="left")
-        sizes = np.searchsorted(pids, self.query_pids, side="right") - first
-        queries = np.repeat(np.arange(len(sizes)), sizes)
-        items = order[ragged(first, sizes)]
+        queries, places = same_pid(self.query_pids, self.gallery_pids[self.kept])
+        items = self.kept[places]
         if not self.drop:
             return queries, items
         other = self.query_places[queries] != self.gallery_places[items]
         return queries[other], items[other]
+
+
+def same_pid(queries: IntArray, gallery: IntArray) -> tuple[IntArray, IntArray]:
+    """All pairs of a query and a gallery item of equal pids, ordered by both."""
+    order = np.argsort(gallery, kind="stable")
+    ordered = gallery[order]
+    first = np.searchsorted(ordered, queries, side="left")
+    sizes = np.searchsorted(ordered, queries, side="right") - first
+    return np.repeat(np.arange(len(sizes)), sizes), order[ragged(first, sizes)]
 
 
 def check_matchable(

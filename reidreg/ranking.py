@@ -12,9 +12,11 @@ in the gallery. `reidreg.distances` says how equal vectors come to be at exactly
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,16 +25,21 @@ from torch import Tensor
 
 from reidreg.distances import (
     Distances,
+    FloatArray,
     IntArray,
     Plan,
+    full_float32,
     ragged,
     spans,
 )
 from reidreg.errors import DataError
-from reidreg.matching import Ids, MatchLabels, count_matchable, labels_of_sides
+from reidreg.matching import Ids, MatchLabels, count_matchable, labels_of_sides, same_pid
 from reidreg.values import Embeddings
 
 Progress: TypeAlias = Callable[[int, int], None]
+
+_GROUP = 16  # queries whose matches are measured together
+_FEW = 1 / 16  # share of a block's pairs up to which they are looked at one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,134 +58,184 @@ class MatchPositions:
     num_gallery: int
 
 
-class _Tally:
-    """For each match of some queries: how many gallery items that are no match come before it.
+# -------------------------------------------------------------------------------- the counting
 
-    Every match is fenced by two edges, `slack` to either side of its distance, and one search
-    tells how many edges lie below an item's distance. An even number says for certain which
-    matches the item comes before; an odd number says that it is too close to one (a tie, as a
-    rule), which is then settled by the exact distance and the place in the gallery.
+
+class _Fences:
+    """Counts, for each match, the gallery items that are no match and come before it.
+
+    Every match is fenced by two scores, so far to either side of its own that an item's float32
+    score below or above both says for certain which of the two comes first. Fences that overlap
+    make one zone. What falls between zones is counted; what falls into a zone (a tie, as a rule) is
+    settled by the exact distance and the place in the gallery; what falls behind a query's last
+    zone, which in a trained model's lists is nearly all of the gallery, is not looked at again.
 
     Args:
-        labels: The labels of both sides.
-        queries: (r,) the queries; row i of the distances belongs to `queries[i]`.
-        sizes: (r,) how many matches each has.
-        items: (m,) the gallery items that match, query by query.
-        values: (m,) their exact distances.
-        slack: How far an added distance may be from the exact one.
+        queries: (M,) the query of each match.
+        items: (M,) the gallery item of each match.
+        values: (M,) float64, their distances; see `refine`.
+        scores: (M,) float64, their scores.
+        slack: How far an item's score may be from the one that its exact distance has.
+        count: The number of queries.
     """
 
     def __init__(
         self,
-        labels: MatchLabels,
         queries: IntArray,
-        sizes: IntArray,
         items: IntArray,
-        values: Tensor,
-        slack: float = 0.0,
+        values: FloatArray,
+        scores: FloatArray,
+        slack: float,
+        count: int,
     ) -> None:
-        device = values.device
-        rows = np.repeat(np.arange(len(queries)), sizes)
-        order = torch.from_numpy(np.lexsort((items, values.cpu().numpy(), rows))).to(device)
-        self.values = values[order]
-        self.items = torch.from_numpy(items).to(device)[order]
-        self.slack = slack
-        self.sizes = sizes
-        self.first = torch.from_numpy(_starts(sizes)).to(device)
-        self.slot_first = 2 * self.first + torch.arange(len(self.first), device=device)
-        self.slots = torch.zeros(int(self.slot_first[-1]), dtype=torch.int64, device=device)
-        self.odd = torch.from_numpy(ragged(np.zeros_like(sizes), 2 * sizes + 1) % 2 == 1).to(device)
-        self.query_pids = torch.from_numpy(labels.query_pids[queries]).to(device)
-        self.gallery_pids = torch.from_numpy(labels.gallery_pids).to(device)
+        order = np.lexsort((items, values, queries))
+        queries, scores = queries[order], scores[order]
+        self.items, self.values = items[order], values[order]
+        self.sizes = np.bincount(queries, minlength=count).astype(np.int64)
+        self.first = starts_of(self.sizes)
+        lower = np.nextafter((scores - slack).astype(np.float32), np.float32(-np.inf))
+        upper = np.nextafter((scores + slack).astype(np.float32), np.float32(np.inf))
+        new = np.ones(len(queries), dtype=np.bool_)
+        new[1:] = (queries[1:] != queries[:-1]) | (lower[1:] >= upper[:-1])
+        begins = np.flatnonzero(new)
+        self.zone_first = np.append(begins, len(queries))  # the first match of each zone
+        self.zones = np.searchsorted(begins, self.first)  # the first zone of each query
+        self.exact = np.zeros(len(begins), dtype=np.bool_)  # whose matches have exact distances
+        self.lower = lower[begins]
+        self.upper = upper[self.zone_first[1:] - 1] if len(begins) else upper
+        # Items just before each match, and behind each query's last: query q's begin at first + q.
+        self.before = np.zeros(len(queries) + count, dtype=np.int64)
 
-    def add(
-        self,
-        distances: Tensor,
-        columns: IntArray,
-        strip: int,
-        exact: Callable[[IntArray, IntArray], Tensor] | None = None,
-    ) -> None:
+    def add(self, scores: Tensor, queries: IntArray, columns: IntArray, strip: int) -> _Unsettled:
         """Count a tile.
 
         Args:
-            distances: (r, c) distances within `slack`.
-            columns: (c,) which gallery items the columns are; no junk.
-            strip: How many distances to look up at once.
-            exact: Gives the exact distances of pairs (row, column); None if `distances` are exact.
+            scores: (r, c) float32, infinite for items that are not to be counted.
+            queries: (r,) which queries the rows are; each has a match.
+            columns: (c,) which gallery items the columns are.
+            strip: How many scores to look at at once.
+
+        Returns:
+            The items that must be settled by `settle`.
         """
-        if not len(self.values):
-            return
-        here = torch.from_numpy(columns).to(distances.device)
-        widest = max(len(columns), 2 * int(self.sizes.max(initial=0)))
-        for span in spans(len(distances), max(1, strip // widest)):
-            # All of the query's own pid are either a match, which is not counted, or left out.
-            own = self.query_pids[span, None] == self.gallery_pids[here]
-            values = distances[span].masked_fill(own, torch.finfo(distances.dtype).max)
-            values = values.contiguous()
-            slots = torch.searchsorted(self._edges(span), values, right=True, out_int32=True)
-            begin, end = self.slot_first[span.start], self.slot_first[span.stop]
-            flat = slots + (self.slot_first[span, None] - begin).to(torch.int32)
-            counts = torch.bincount(flat.flatten(), minlength=int(end - begin))
-            self.slots[begin:end] += counts
-            if bool((counts * self.odd[begin:end]).any()):
-                self._settle(span, slots, values, here, exact)
+        height = max(1, min(strip // max(1, len(columns)), 2**12))
+        pieces = spans(len(queries), height)
+        work = [(scores[piece], queries[piece]) for piece in pieces]
+        if scores.is_cuda or len(work) == 1 or torch.get_num_threads() == 1:
+            found = [self._count(*one) for one in work]
+        else:
+            # Each of these is one thread's work, and numpy lets others run meanwhile.
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                found = list(pool.map(lambda one: self._count(*one), work))
+        zones, places = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        owner = np.searchsorted(self.zones, zones, side="right") - 1
+        return _Unsettled(owner, columns[places], zones)
+
+    def _count(self, scores: Tensor, queries: IntArray) -> tuple[IntArray, IntArray]:
+        """Count a strip; returns the zones and columns of what must be settled."""
+        first, last = self.zones[queries], self.zones[queries + 1]
+        rows, columns, values = _below(scores, self.upper[last - 1])
+        keys = np.sort(_keys(rows, values) + columns)
+        zones = ragged(first, last - first)
+        row = np.repeat(np.arange(len(queries)), last - first)
+        low = np.searchsorted(keys, _keys(row, self.lower[zones]))
+        high = np.searchsorted(keys, _keys(row, self.upper[zones]))
+        # Between the zone before, or the row's start, and this one.
+        start = np.empty_like(low)
+        start[1:] = high[:-1]
+        heads = np.cumsum(last - first) - (last - first)
+        start[heads] = np.searchsorted(keys, _keys(np.arange(len(queries)), _LEAST))
+        self.before[self.zone_first[zones] + queries[row]] += low - start
+        inside = high - low
+        return np.repeat(zones, inside), keys[ragged(low, inside)] & (2**_COLUMN - 1)
+
+    def settle(self, unsettled: _Unsettled, values: FloatArray) -> None:
+        """Count items whose distances are known so well that their order is certain."""
+        place = self._place(unsettled, values) + unsettled.queries
+        self.before += np.bincount(place, minlength=len(self.before))
+
+    def nearest(self, unsettled: _Unsettled, values: FloatArray) -> FloatArray:
+        """How far each item is from the nearest match of its zone, by distance."""
+        place = self._place(unsettled, values)
+        first = self.zone_first[unsettled.zones]
+        last = self.zone_first[unsettled.zones + 1] - 1
+        below = np.abs(values - self.values[np.clip(place - 1, first, last)])
+        return np.minimum(below, np.abs(values - self.values[np.clip(place, first, last)]))
+
+    def refine(self, zones: IntArray, exact: Callable[[IntArray, IntArray], FloatArray]) -> None:
+        """Make the distances of all matches of some zones exact, and order them anew.
+
+        What was settled before is not touched by that: it is further from each match than the
+        matches that change places are from each other.
+        """
+        zones = zones[~self.exact[zones]]
+        self.exact[zones] = True
+        sizes = self.zone_first[zones + 1] - self.zone_first[zones]
+        where = ragged(self.zone_first[zones], sizes)
+        queries = np.searchsorted(self.first, where, side="right") - 1
+        items = self.items[where]
+        values = exact(queries, items)
+        order = np.lexsort((items, values, np.repeat(zones, sizes)))
+        self.items[where], self.values[where] = items[order], values[order]
+
+    def _place(self, unsettled: _Unsettled, values: FloatArray) -> IntArray:
+        """The match that each item comes just before: a binary search in its zone."""
+        low = self.zone_first[unsettled.zones]
+        high = self.zone_first[unsettled.zones + 1]
+        widest = int((high - low).max(initial=0))
+        for _ in range(widest.bit_length()):
+            middle = np.minimum((low + high) // 2, len(self.values) - 1)
+            near = self.values[middle]
+            earlier = self.items[middle] < unsettled.items
+            before = (near < values) | ((near == values) & earlier)
+            going = low < high
+            low = np.where(going & before, middle + 1, low)
+            high = np.where(going & ~before, middle, high)
+        return low
 
     def positions(self) -> IntArray:
-        """(m,) The position of every match, from 1, ascending within each query."""
-        # What is left in odd slots has been settled and counted in an even one.
-        counts = self.slots[~self.odd].cpu().numpy()
-        before = np.concatenate([[0], np.cumsum(counts)])
-        starts = _starts(self.sizes + 1)[:-1]
-        others = before[ragged(starts + 1, self.sizes)] - np.repeat(before[starts], self.sizes)
-        nth = ragged(np.ones_like(self.sizes), self.sizes)
-        return np.asarray(others + nth, dtype=np.int64)
-
-    def _edges(self, span: slice) -> Tensor:
-        """(rows, 2 * most matches) The two edges of each match, ascending, then infinity."""
-        first, sizes = self.first[span, None], self.first[span.start + 1 : span.stop + 1, None]
-        sizes = sizes - first
-        nth = torch.arange(int(sizes.max()), device=first.device)
-        values = self.values[(first + nth).clamp_(max=len(self.values) - 1)]
-        lower = values - self.slack
-        upper = torch.nextafter(values + self.slack, torch.full_like(values, torch.inf))
-        edges = torch.stack([lower, upper], dim=2).masked_fill_(
-            (nth >= sizes)[:, :, None], torch.inf
-        )
-        # Where fences overlap, the later begins where the earlier ends.
-        return edges.flatten(1).cummax(dim=1).values
-
-    def _settle(
-        self,
-        span: slice,
-        slots: Tensor,
-        values: Tensor,
-        columns: Tensor,
-        exact: Callable[[IntArray, IntArray], Tensor] | None,
-    ) -> None:
-        """Count the items that are too close to a match for the search to tell."""
-        row, column = (slots % 2 == 1).nonzero(as_tuple=True)
-        if exact is None:
-            settled = values[row, column]
-        else:
-            settled = exact((row + span.start).cpu().numpy(), column.cpu().numpy())
-        row = row + span.start
-        place = self._place(row, settled, columns[column])
-        self.slots += torch.bincount(self.slot_first[row] + 2 * place, minlength=len(self.slots))
-
-    def _place(self, row: Tensor, value: Tensor, item: Tensor) -> Tensor:
-        """How many of its row's matches come before each item: a binary search."""
-        low, high = self.first[row], self.first[row + 1]
-        for _ in range(int(self.sizes.max()).bit_length()):
-            middle = ((low + high) // 2).clamp_(max=len(self.values) - 1)
-            near = self.values[middle]
-            before = (near < value) | ((near == value) & (self.items[middle] < item))
-            going = low < high
-            low = torch.where(going & before, middle + 1, low)
-            high = torch.where(going & ~before, middle, high)
-        return low - self.first[row]
+        """(M,) The position of every match, from 1, ascending within each query."""
+        total = np.concatenate([[0], np.cumsum(self.before)])
+        start = self.first[:-1] + np.arange(len(self.sizes))
+        others = total[ragged(start + 1, self.sizes)] - np.repeat(total[start], self.sizes)
+        return np.asarray(others + ragged(np.ones_like(self.sizes), self.sizes), dtype=np.int64)
 
 
-def _starts(sizes: IntArray) -> IntArray:
+class _Unsettled(NamedTuple):
+    """Items that fell into a zone: their queries, themselves, and the zones, (n,) each."""
+
+    queries: IntArray
+    items: IntArray
+    zones: IntArray
+
+
+# A key is a row, the bits of a score in an order of whole numbers, and a column.
+_COLUMN, _ROW = 17, 49
+_LEAST = np.array([-np.inf], dtype=np.float32)
+
+
+def _keys(rows: IntArray, scores: NDArray[np.float32]) -> IntArray:
+    """Whole numbers that order as the rows do and, within a row, as the scores do."""
+    bits = scores.view(np.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
+    return (rows << _ROW) + (ordered << _COLUMN)
+
+
+def _below(
+    scores: Tensor, last: NDArray[np.float32]
+) -> tuple[IntArray, IntArray, NDArray[np.float32]]:
+    """Rows, columns and values of the scores (r, c) below each row's last."""
+    if scores.is_cuda:
+        found = scores < torch.from_numpy(last).to(scores.device)[:, None]
+        row, column = found.nonzero(as_tuple=True)
+        return row.cpu().numpy(), column.cpu().numpy(), scores[row, column].cpu().numpy()
+    values = scores.numpy()
+    place = np.flatnonzero(values < last[:, None])
+    row = place // values.shape[1]
+    return row, place - row * values.shape[1], values.reshape(-1).take(place)
+
+
+def starts_of(sizes: IntArray) -> IntArray:
     """Where each of the runs starts, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
@@ -210,54 +267,68 @@ def match_positions(
         ConfigError: An option is wrong.
     """
     labels = labels_of_sides(query, gallery, same_camera)
-    distances = Distances(query.features, gallery.features, metric, (query.paths, gallery.paths))
     count_matchable(labels)
+    distances = Distances(query.features, gallery.features, metric, (query.paths, gallery.paths))
     plan = Plan.of(budget_mib, distances.dim)
     queries, items = labels.matches()
-    sizes = np.bincount(queries, minlength=len(labels.query_pids)).astype(np.int64)
-    offsets = _starts(sizes)
-    # Side by side, queries of one pid share the matches whose distances are wanted first.
-    valid = np.flatnonzero(sizes)
-    valid = valid[np.argsort(labels.query_pids[valid], kind="stable")]
-    tallies = []
-    for span in spans(len(valid), plan.queries):
-        rows = valid[span]
-        some = items[ragged(offsets[rows], sizes[rows])]
-        values = distances.exact_pairs(np.repeat(rows, sizes[rows]), some, plan.gallery)
-        tallies.append((rows, _Tally(labels, rows, sizes[rows], some, values, distances.slack)))
-    _count(distances, labels.kept, tallies, plan, progress)
-    positions = np.empty(len(items), dtype=np.int64)
-    for rows, tally in tallies:
-        positions[ragged(offsets[rows], sizes[rows])] = tally.positions()
-    return MatchPositions(positions, offsets, len(labels.gallery_pids))
+    # Side by side, queries of one pid share the matches whose distances are wanted.
+    order = np.argsort(labels.query_pids[queries], kind="stable")
+    queries, items = queries[order], items[order]
+    values = distances.near_pairs(queries, items, plan.exact, _GROUP)
+    scores = distances.score_of(queries, values).cpu().numpy()
+    fences = _Fences(
+        queries, items, values.cpu().numpy(), scores, distances.score_slack, len(labels.query_pids)
+    )
+    with full_float32():
+        _pass_by(distances, labels, fences, plan, progress)
+    return MatchPositions(fences.positions(), fences.first, len(labels.gallery_pids))
 
 
-def _count(
+def _pass_by(
     distances: Distances,
-    kept: IntArray,
-    tallies: Sequence[tuple[IntArray, _Tally]],
+    labels: MatchLabels,
+    fences: _Fences,
     plan: Plan,
     progress: Progress | None,
 ) -> None:
-    """Let the gallery pass by the queries."""
-    pieces = spans(len(kept), plan.gallery)
+    """Let the gallery pass by the queries, tile by tile."""
+    pieces = spans(len(labels.kept), plan.gallery)
+    valid = np.flatnonzero(fences.sizes)
+    blocks = spans(len(valid), plan.queries)
+    memory = torch.empty(plan.queries * plan.gallery, dtype=torch.float32, device=distances.device)
     for done, piece in enumerate(pieces):
-        columns = kept[piece]
-        items = distances.gallery.rows(columns)
-        for nth, (rows, tally) in enumerate(tallies):
-
-            def exact(
-                row: IntArray,
-                column: IntArray,
-                rows: IntArray = rows,
-                columns: IntArray = columns,
-            ) -> Tensor:
-                return distances.exact_pairs(rows[row], columns[column], plan.gallery, plan.queries)
-
-            tile = distances.approximate(distances.query.rows(rows), items)
-            tally.add(tile, columns, plan.strip, exact)
+        columns = labels.kept[piece]
+        vectors = distances.score_items(columns)
+        for nth, block in enumerate(blocks):
+            rows = valid[block]
+            tile = memory[: len(rows) * len(columns)].view(len(rows), len(columns))
+            distances.scores(distances.score_queries(rows), vectors, out=tile)
+            # All of the query's own pid are either a match, which is not counted, or left out.
+            own = same_pid(labels.query_pids[rows], labels.gallery_pids[columns])
+            tile[own] = torch.inf
+            unsettled = fences.add(tile, rows, columns, plan.strip)
+            _settle(distances, fences, unsettled, plan)
             if progress:
-                progress(done * len(tallies) + nth + 1, len(pieces) * len(tallies))
+                progress(done * len(blocks) + nth + 1, len(pieces) * len(blocks))
+
+
+def _settle(distances: Distances, fences: _Fences, unsettled: _Unsettled, plan: Plan) -> None:
+    """Find the order of those that float32 could not tell apart: by float64, then exactly."""
+    if not len(unsettled.items):
+        return
+    block = len(np.unique(unsettled.queries)) * len(np.unique(unsettled.items))
+    # One by one, unless they are so many that whole blocks cost less.
+    measure = distances.pairs
+    if len(unsettled.items) > _FEW * block:
+        measure = functools.partial(distances.near_pairs, width=plan.exact)
+    values = measure(unsettled.queries, unsettled.items).cpu().numpy()
+    close = np.flatnonzero(fences.nearest(unsettled, values) <= 3 * distances.slack)
+    if len(close):
+        exact = functools.partial(distances.exact_pairs, width=plan.exact)
+        fences.refine(np.unique(unsettled.zones[close]), lambda *pairs: exact(*pairs).cpu().numpy())
+        pairs = unsettled.queries[close], unsettled.items[close]
+        values[close] = exact(*pairs).cpu().numpy()
+    fences.settle(unsettled, values)
 
 
 def match_positions_of_rows(
@@ -293,25 +364,43 @@ def match_positions_of_rows(
     plan = Plan.of(budget_mib, 1)
     total = len(labels.query_pids)
     queries, items = labels.matches()
-    sizes = np.bincount(queries, minlength=total).astype(np.int64)
-    offsets = _starts(sizes)
+    offsets = starts_of(np.bincount(queries, minlength=total))
     positions = np.zeros(len(items), dtype=np.int64)
     seen = np.zeros(total, dtype=np.bool_)
     for start, values in rows:
         chunk = _rows(start, values, seen, len(labels.gallery_pids))
-        own = np.arange(start, start + len(chunk))
-        some = items[offsets[start] : offsets[start + len(chunk)]]
-        index = np.repeat(np.arange(len(chunk)), sizes[own]), some
-        tally = _Tally(labels, own, sizes[own], some, chunk[index])
-        for piece in spans(len(labels.kept), plan.gallery):
-            columns = labels.kept[piece]
-            tally.add(chunk[:, torch.from_numpy(columns)], columns, plan.strip)
-        positions[offsets[start] : offsets[start + len(chunk)]] = tally.positions()
+        span = slice(offsets[start], offsets[start + len(chunk)])
+        if span.stop > span.start:
+            matches = queries[span] - start, items[span]
+            positions[span] = _of_chunk(chunk, labels, start, *matches, plan)
         if progress:
             progress(int(seen.sum()), total)
     if not seen.all():
         raise DataError(f"distances are missing for {int((~seen).sum())} of {total} queries")
     return MatchPositions(positions, offsets, len(labels.gallery_pids))
+
+
+def _of_chunk(
+    chunk: Tensor,
+    labels: MatchLabels,
+    start: int,
+    queries: IntArray,
+    items: IntArray,
+    plan: Plan,
+) -> IntArray:
+    """The positions of the matches (query, item) in some rows of given distances."""
+    values = chunk[queries, items].double().cpu().numpy()
+    # The score is the distance in float32, which differs by no more than the next number's edge.
+    fences = _Fences(queries, items, values, values, 0.0, len(chunk))
+    valid = np.flatnonzero(fences.sizes)
+    for piece in spans(len(labels.kept), plan.gallery):
+        columns = labels.kept[piece]
+        tile = chunk[torch.from_numpy(valid)[:, None], torch.from_numpy(columns)].float()
+        tile[same_pid(labels.query_pids[start + valid], labels.gallery_pids[columns])] = torch.inf
+        unsettled = fences.add(tile, valid, columns, plan.strip)
+        found = chunk[unsettled.queries, unsettled.items].double().cpu().numpy()
+        fences.settle(unsettled, found)
+    return fences.positions()
 
 
 def _rows(start: int, values: Tensor | NDArray[Any], seen: NDArray[np.bool_], width: int) -> Tensor:
