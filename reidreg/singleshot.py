@@ -105,14 +105,16 @@ def _positions(
     found: dict[int, IntArray] = {}
     for start, chunk in rows:
         values = chunk.cpu().numpy() if isinstance(chunk, Tensor) else np.asarray(chunk)
-        if values.shape[1:] != (len(labels.gallery_pids),) or not np.isfinite(values).all():
+        fits = values.shape[1:] == (len(labels.gallery_pids),) and start + len(values) <= total
+        if not fits or not np.isfinite(values).all():
             raise DataError(f"distances from query {start} on are not finite, or do not fit")
-        for query, row in enumerate(values, start):
-            found[query] = draw.positions(query, row)
+        if not found.keys().isdisjoint(range(start, start + len(values))):
+            raise DataError(f"distances from query {start} on are given twice")
+        found |= {q: draw.positions(q, row) for q, row in enumerate(values, start)}
         if progress:
             progress(len(found), total)
-    if sorted(found) != list(range(total)):
-        raise DataError(f"distances are needed for each of {total} queries, and once")
+    if len(found) < total:
+        raise DataError(f"distances are missing for {total - len(found)} of {total} queries")
     sizes = np.repeat([len(found[query]) > 0 for query in range(total)], repeats)
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     positions = np.concatenate([found[query] for query in range(total)])
