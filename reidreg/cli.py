@@ -13,8 +13,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from reidreg.errors import (
     ConfigError,
@@ -23,6 +24,9 @@ from reidreg.errors import (
     ReidregError,
     did_you_mean,
 )
+
+if TYPE_CHECKING:
+    from reidreg.evaluation import Evaluation
 
 Command = Callable[[list[str]], int]
 
@@ -208,7 +212,7 @@ overridden: add --ckpt FILE to this --help to see them."""
 
 def evaluate_command(arguments: list[str]) -> int:
     """`reidreg evaluate`."""
-    from reidreg.parsing import parse, resolve
+    from reidreg.parsing import options_given, parse, resolve
 
     configs, flags = _take_configs(arguments)
     commands: dict[str, dict[str, Any]] = {
@@ -224,7 +228,10 @@ def evaluate_command(arguments: list[str]) -> int:
             "default": None,
             "help": "where metrics.json and the report go; default: the checkpoint's run",
         },
-        "report": {"action": "store_true", "help": "draw ranked galleries of some queries"},
+        "report": {
+            "action": "store_true",
+            "help": "write a page to look at: figures, curves, ranked galleries; it shows people",
+        },
         "no_cache": _NO_CACHE,
     }
     ckpt, help_asked = _value_of("--ckpt", flags), "--help" in flags or "-h" in flags
@@ -241,7 +248,9 @@ def evaluate_command(arguments: list[str]) -> int:
             commands=commands,
             sections=("evaluator",),
         )
-        return _evaluate_features(values["evaluator"], own)
+        return _evaluate_features(
+            values["evaluator"], own, options_given("evaluator", configs, flags)
+        )
     from reidreg.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(ckpt)
@@ -262,33 +271,54 @@ def evaluate_command(arguments: list[str]) -> int:
     log_to_console()
     output = Path(own["output"]) if own["output"] else run_folder_of(Path(ckpt))
     cache = None if own["no_cache"] else cache_folder_of(Path(ckpt))
+    if own["report"]:
+        from reidreg.report.options import with_report_figures
+
+        part, given = config.evaluator, options_given("evaluator", configs, flags)
+        options = with_report_figures(part.name, part.options, given)
+        config = replace(config, evaluator=replace(part, options=options))
     result = evaluate_checkpoint(checkpoint, config, cache)
     logger.info("%s", "\n".join(evaluation_table(result.figures)))
     write_metrics(result.figures, output / "metrics.json")
     logger.info("figures: %s", output / "metrics.json")
     if own["report"]:
-        from reidreg.report import write_report
-
-        path = write_report(result, output / "report")
-        logger.info("report: %s (it shows images of people)", path)
+        about = {"Checkpoint": ckpt, **result.about}
+        _write_report(replace(result, about=about), output)
     return 0
 
 
-def _evaluate_features(evaluator: dict[str, Any], own: dict[str, Any]) -> int:
+def _evaluate_features(evaluator: dict[str, Any], own: dict[str, Any], given: set[str]) -> int:
     from reidreg.describe import evaluation_table
     from reidreg.evaluation import evaluate_features, write_metrics
     from reidreg.interfaces import EVALUATORS
+    from reidreg.logs import log_to_console
 
-    if own["report"]:
-        raise ConfigError("--report draws a checkpoint's galleries; give --ckpt")
     if not (own["query"] and own["gallery"]):
         raise ConfigError("features are evaluated with both --query FILE and --gallery FILE")
-    part = EVALUATORS.build(evaluator.pop("name"), **evaluator)
-    figures = evaluate_features(own["query"], own["gallery"], part)
-    print("\n".join(evaluation_table(figures)))
+    if own["report"] and not own["output"]:
+        raise ConfigError("--report: say with --output DIR where the report is to be")
+    log_to_console()
+    name = evaluator.pop("name")
+    if own["report"]:
+        from reidreg.report.options import with_report_figures
+
+        evaluator = with_report_figures(name, evaluator, given)
+    part = EVALUATORS.build(name, **evaluator)
+    result = evaluate_features(own["query"], own["gallery"], part)
+    print("\n".join(evaluation_table(result.figures)))
     if own["output"]:
-        write_metrics(figures, Path(own["output"]) / "metrics.json")
+        write_metrics(result.figures, Path(own["output"]) / "metrics.json")
+    if own["report"]:
+        _write_report(replace(result, options={"name": name, **evaluator}), Path(own["output"]))
     return 0
+
+
+def _write_report(result: Evaluation, output: Path) -> None:
+    from reidreg.logs import logger
+    from reidreg.report import write_report
+
+    page = write_report(result, output / "report")
+    logger.info("report, with images of people in it: %s", page)
 
 
 _EXTRACT = """Write features as .npz: features (N, D), pids, camids (N,) int64, paths.

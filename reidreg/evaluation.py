@@ -145,7 +145,8 @@ def _about(checkpoint: Checkpoint, config: Config) -> dict[str, str]:
     height, width = config.input.size
     root = config.dataset.options.get("root")
     return {
-        "Data set": config.dataset.name + (f" in {root}" if root else ""),
+        "Data set": config.dataset.name,
+        **({"Root": str(root)} if root else {}),
         "Model": f"{config.backbone.name} + {config.head.name}, input {height} x {width}, "
         f"after {checkpoint.epoch} epochs",
     }
@@ -188,11 +189,11 @@ def cache_folder_of(ckpt: Path) -> Path:
     return run_folder_of(ckpt) / "feature_cache"
 
 
-def evaluate_features(
-    query: str | Path, gallery: str | Path, evaluator: Evaluator
-) -> dict[str, Any]:
-    """The figures of features from any system, in files as `load_features` reads them."""
-    return evaluator.evaluate(load_features(query), load_features(gallery))
+def evaluate_features(query: str | Path, gallery: str | Path, evaluator: Evaluator) -> Evaluation:
+    """Evaluate features of any system, in files as `load_features` reads them."""
+    sides = load_features(query), load_features(gallery)
+    about = {"Query features": str(query), "Gallery features": str(gallery)}
+    return Evaluation(evaluator.evaluate(*sides), *sides, evaluator, about=about)
 
 
 def write_metrics(figures: dict[str, Any], path: Path) -> None:

@@ -85,8 +85,8 @@ def test_extracted_features_give_the_same_figures(trained: Path, tmp_path: Path)
     for split in ("query", "gallery"):
         save_features(extract(trained, split=split), tmp_path / f"{split}.npz")
     evaluator = EVALUATORS.build("retrieval")
-    figures = evaluate_features(tmp_path / "query.npz", tmp_path / "gallery.npz", evaluator)
-    assert figures == evaluate(trained)
+    result = evaluate_features(tmp_path / "query.npz", tmp_path / "gallery.npz", evaluator)
+    assert result.figures == evaluate(trained)
 
 
 def test_features_of_a_folder_come_in_the_order_of_its_names(
