@@ -29,6 +29,7 @@ from reidreg.report.galleries import pick_queries, ranked_queries
 from reidreg.report.thumbnails import Thumbnails
 
 DATE = datetime(2026, 3, 1, 12, 30, tzinfo=timezone.utc)
+PERSONAL = ("index.html", "ranked.png")
 # Each would run, load or break something if it were put in unescaped.
 HOSTILE = [
     "<script>window.hit = 1</script>",
@@ -296,6 +297,7 @@ def test_the_same_evaluation_gives_the_same_bytes(
 ) -> None:
     write_report(evaluation, tmp_path, date=DATE)
     names = {path.name for path in tmp_path.iterdir()}
+    assert all((tmp_path / name).stat().st_mode & 0o077 == 0 for name in PERSONAL)
     assert names == {"index.html", "cmc.png", "scores.png", "ranked.png"}
     for name in names:
         assert (tmp_path / name).read_bytes() == (report.parent / name).read_bytes(), name

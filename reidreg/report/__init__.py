@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+from reidreg.errors import DataError
 from reidreg.evaluation import Evaluation
+from reidreg.files import PRIVATE, replacing
 from reidreg.logs import logger
 from reidreg.report.galleries import RankedQuery, ranked_queries
 from reidreg.report.page import render_page
@@ -28,8 +32,8 @@ def write_report(
 
     `index.html` is one page that needs no network and no other file: figures, CMC curve, camera
     pairs, scores and ranked galleries, as far as the figures have them. Beside it stand
-    `cmc.png`, `scores.png` and `ranked.png`. The page and `ranked.png` show images of people. The
-    same evaluation gives the same bytes, but for the date.
+    `cmc.png`, `scores.png` and `ranked.png`. The page and `ranked.png` show images of people, and
+    only their owner may read them. The same evaluation gives the same bytes, but for the date.
 
     Args:
         evaluation: What to show. Features without paths give a page without galleries; an image
@@ -41,33 +45,48 @@ def write_report(
 
     Returns:
         The page.
+
+    Raises:
+        DataError: The folder cannot be written to, or the paths do not go with the features.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    date = date or datetime.now(timezone.utc)
-    figures, thumbnails = evaluation.figures, Thumbnails()
+    folder, date = Path(folder), date or datetime.now(timezone.utc)
+    thumbnails, queries = Thumbnails(), []
     if evaluation.query.paths and evaluation.gallery.paths:
         queries = ranked_queries(evaluation, rows=rows, k=k)
-        page = render_page(evaluation, queries, thumbnails, date)
-        draw_sheet(_first(queries), figures, folder / "ranked.png")
+        reason = "No query has a match."
     else:
         reason = "These features come without the paths of their images."
-        page = render_page(evaluation, [], thumbnails, date, reason)
-    draw_cmc(figures, folder / "cmc.png")
-    draw_scores(figures.get("verification", {}), folder / "scores.png")
-    path = folder / "index.html"
-    # A file name may hold bytes that are no UTF-8.
-    path.write_text(page, encoding="utf-8", errors="replace")
+    page = render_page(evaluation, queries, thumbnails, date, no_galleries=reason)
+    try:
+        _write(folder, page, evaluation.figures, queries)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot write {folder} ({reason}); give another --output") from error
     if thumbnails.missing:
         logger.warning(
             "report: %d of its images cannot be read, the first is %s",
             len(thumbnails.missing),
             thumbnails.missing[0],
         )
-    return path
+    return folder / "index.html"
 
 
-def _first(queries: list[RankedQuery]) -> list[RankedQuery]:
+def _write(
+    folder: Path, page: str, figures: Mapping[str, Any], queries: Sequence[RankedQuery]
+) -> None:
+    with replacing(folder / "index.html", PRIVATE) as file:
+        # A file name may hold bytes that are no UTF-8.
+        file.write(page.encode("utf-8", errors="replace"))
+    if queries:
+        with replacing(folder / "ranked.png", PRIVATE) as file:
+            draw_sheet(_first(queries), figures).save(file, "PNG")
+    for name, picture in (("cmc", draw_cmc(figures)), ("scores", draw_scores(figures))):
+        if picture is not None:
+            with replacing(folder / f"{name}.png") as file:
+                file.write(picture)
+
+
+def _first(queries: Sequence[RankedQuery]) -> list[RankedQuery]:
     """The first of each sort, for a picture of one screen."""
     return [
         query

@@ -10,7 +10,7 @@ from typing import Any
 from reidreg.report.figures import blocks, is_number
 
 WIDTH, HEIGHT, TALL = 520, 320, 500
-_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 14, 16, 54
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 14, 26, 54
 _SCORES = {"cosine": "Cosine similarity", "euclidean": "Squared Euclidean distance"}
 
 

@@ -31,7 +31,7 @@ def render_page(
     queries: Sequence[RankedQuery],
     thumbnails: Thumbnails,
     date: datetime,
-    no_galleries: str = "No query has a match.",
+    no_galleries: str,
 ) -> str:
     """The page of an evaluation.
 

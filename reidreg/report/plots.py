@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reidreg.report.charts import rank_intervals, score_name, shares_of
@@ -18,15 +18,15 @@ _CURVES = (("#1f4e9c", "-"), ("#9a4a00", "--"), ("#6f42a8", ":"))
 _GENUINE, _IMPOSTOR = "#1a7f37", "#b3261e"
 
 
-def draw_cmc(figures: Mapping[str, Any], path: Path) -> bool:
-    """Draw the CMC curves of the raw figures and of each post-processed block.
+def draw_cmc(figures: Mapping[str, Any]) -> bytes | None:
+    """The CMC curves of the raw figures and of each post-processed block, as a PNG.
 
     Returns:
-        Whether there was a curve to draw; a file is written only then.
+        None where there is no curve.
     """
     curves = {title: block for title, block in blocks(figures).items() if block.get("cmc")}
     if not curves:
-        return False
+        return None
     figure, axes = _canvas("Rank", "Queries matched (%)")
     for number, (title, block) in enumerate(curves.items()):
         colour, line = _CURVES[number % len(_CURVES)]
@@ -39,23 +39,19 @@ def draw_cmc(figures: Mapping[str, Any], path: Path) -> bool:
     axes.set_ylim(top=100)
     if len(curves) > 1:
         axes.legend(frameon=False, loc="lower right")
-    _save(figure, path)
-    return True
+    return _png(figure)
 
 
-def draw_scores(verification: Mapping[str, Any], path: Path) -> bool:
-    """Draw how the scores of genuine and of impostor pairs lie, with the threshold.
-
-    Args:
-        verification: The block of figures.
-        path: The PNG to write.
+def draw_scores(figures: Mapping[str, Any]) -> bytes | None:
+    """How the scores of genuine and of impostor pairs lie, with the threshold, as a PNG.
 
     Returns:
-        Whether there was a histogram to draw; a file is written only then.
+        None where there is no histogram.
     """
+    verification = figures.get("verification", {})
     histogram = verification.get("histogram")
     if not histogram:
-        return False
+        return None
     figure, axes = _canvas(score_name(verification), "Share of pairs (%)")
     for name, colour, line in (("impostor", _IMPOSTOR, "--"), ("genuine", _GENUINE, "-")):
         axes.stairs(
@@ -75,8 +71,7 @@ def draw_scores(verification: Mapping[str, Any], path: Path) -> bool:
         axes.axvline(threshold, color=_INK, lw=1.2, label=f"Threshold {threshold:.3f}{at}")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    _save(figure, path)
-    return True
+    return _png(figure)
 
 
 def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
@@ -93,6 +88,8 @@ def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
     # Without the version of matplotlib, so that the same figures give the same bytes.
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(buffer, dpi=150, metadata={"Software": None})
+    return buffer.getvalue()

@@ -20,7 +20,7 @@ _PAPER, _INK, _FAINT, _EMPTY = "#ffffff", "#1d1d1f", "#6e6e73", "#e5e5e8"
 _MATCH, _MISS, _QUERY = ("#1a7f37", "match"), ("#b3261e", "miss"), ("#1f4e9c", "query")
 
 
-def draw_sheet(queries: Sequence[RankedQuery], figures: Mapping[str, Any], path: Path) -> None:
+def draw_sheet(queries: Sequence[RankedQuery], figures: Mapping[str, Any]) -> Image.Image:
     """Draw queries with the gallery images that count, nearest first.
 
     A match has a solid green frame and a tick, a miss a dashed red one and a cross. An image whose
@@ -29,9 +29,8 @@ def draw_sheet(queries: Sequence[RankedQuery], figures: Mapping[str, Any], path:
     Args:
         queries: What to show, the sorts one after another.
         figures: The figures for the title.
-        path: The PNG to write.
     """
-    _Sheet(queries, figures).image.save(path)
+    return _Sheet(queries, figures).image
 
 
 class _Sheet:
