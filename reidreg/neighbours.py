@@ -1,10 +1,15 @@
 """Ranked lists: the nearest gallery items of each query, exactly and in order.
 
-faiss finds candidates in float32, by brute force; exact distances (`reidreg.distances`) put them
-in order. Of two items at equal distance the earlier one in the gallery is nearer.
+faiss finds candidates in float32, by brute force; distances in float64 put them in order, and exact
+ones (`reidreg.distances`) settle what these cannot tell apart. Of two items at equal distance the
+earlier one in the gallery is nearer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +20,6 @@ from reidreg.distances import (
     Distances,
     FloatArray,
     IntArray,
-    Plan,
     Side,
     check_at_least,
     spans,
@@ -23,7 +27,11 @@ from reidreg.distances import (
 from reidreg.matching import JUNK, MatchLabels, labels_of_sides
 from reidreg.values import Embeddings
 
+LeftOut: TypeAlias = Callable[[IntArray, IntArray], NDArray[np.bool_]]
+
 _SPARE = 32  # further neighbours that a search fetches, so that rounding cannot hide one
+_WIDER = 8  # how many times as many a second search fetches
+_UNIT = 2.0**-24  # the largest relative error of one float32 operation
 
 
 def ranked_lists(
@@ -39,8 +47,8 @@ def ranked_lists(
     """The k nearest gallery items of each query, exactly as `match_positions` counts them.
 
     faiss finds the candidates, in float32 and by brute force; their exact distances put them in
-    order. Where the last one taken is not clearly nearer than all that faiss did not return, the
-    query's whole row is computed.
+    order. Where the last one taken is not clearly nearer than all that faiss did not return, it
+    searches again for more, and where that does not help the query's whole row is computed.
 
     Args:
         query: Q embeddings.
@@ -61,102 +69,230 @@ def ranked_lists(
         ConfigError: An option is wrong.
     """
     check_at_least("k", k, 1)
+    check_at_least("budget_mib", budget_mib, 1)
     labels = labels_of_sides(query, gallery, same_camera)
     if everything:
         labels = labels.keep_all()
     distances = Distances(query.features, gallery.features, metric, (query.paths, gallery.paths))
-    plan = Plan.of(budget_mib, distances.dim)
-    search = _Search(distances, labels, k, plan)
-    indices = torch.full((len(labels.query_pids), k), -1, dtype=torch.int64)
-    values = torch.full((len(labels.query_pids), k), torch.inf, dtype=torch.float32)
-    unsure = search.by_faiss(indices, values)
-    rows = max(1, int(budget_mib * 2**20) // 4 // (len(labels.gallery_pids) * 32))
-    for span in spans(len(unsure), rows):
-        search.by_rows(unsure[span], indices, values)
-    return indices, values
+    lists = ExactLists(distances, k, _left_out(labels), budget_mib)
+    everyone = np.arange(len(labels.query_pids))
+    lists.complete(everyone, labels.kept, k + labels.hidden() + _SPARE)
+    return torch.from_numpy(lists.items), torch.from_numpy(_as_float32(lists))
 
 
-class _Search:
-    """Fills in ranked lists."""
+class ExactLists:
+    """Ranked lists in the making: candidates go in, and stand in the order of exact distances.
 
-    def __init__(self, distances: Distances, labels: MatchLabels, k: int, plan: Plan) -> None:
-        self.distances, self.labels, self.k, self.plan = distances, labels, k, plan
-        self.kept = labels.kept
-        self.scale = max(distances.query.longest, distances.gallery.longest) or 1.0
+    `items` (Q, k) and `values` (Q, k), distances within `distances.slack`, are the lists so far; an
+    item of -1 at an infinite distance is none.
 
-    def by_faiss(self, indices: Tensor, values: Tensor) -> IntArray:
-        """Fill in the lists of all queries for which a search suffices; returns the others."""
+    Args:
+        distances: Between the queries and the gallery.
+        k: The length of the lists.
+        left_out: Which of items (n, m), in the lists of queries (n,), do not count.
+        budget_mib: Memory to use beside the features and a float32 copy of them, in MiB.
+    """
+
+    def __init__(
+        self,
+        distances: Distances,
+        k: int,
+        left_out: LeftOut | None = None,
+        budget_mib: float = 256,
+    ) -> None:
+        self.distances, self.k, self.left_out = distances, k, left_out
+        self.items = np.full((len(distances.query), k), -1, dtype=np.int64)
+        self.values = np.full((len(distances.query), k), np.inf)
+        budget = int(budget_mib * 2**20)
+        self._width = max(1, budget // 4 // (distances.dim * 40))  # exact distances hold 5 copies
+        self._rows = max(1, budget // 4 // (len(distances.gallery) * 64))
+        self.pairwise = Pairwise(distances)
+
+    def complete(self, queries: IntArray, kept: IntArray, fetch: IntArray) -> None:
+        """Fill in the lists of some queries.
+
+        Args:
+            queries: (n,) which.
+            kept: (m,) gallery items; all others are left out, ascending.
+            fetch: (n,) how many candidates to look at first.
+        """
+        for times in (1, _WIDER):
+            sure = self.search(queries, kept, fetch * times)
+            queries, fetch = queries[~sure], fetch[~sure]
+        self.whole_rows(queries)
+
+    def search(self, queries: IntArray, kept: IntArray, fetch: IntArray) -> NDArray[np.bool_]:
+        """Fill in lists from what faiss finds; says for which of the queries they are certain.
+
+        The queries that want as many candidates as there are items are not searched for.
+        """
+        sure = np.zeros(len(queries), dtype=np.bool_)
+        searched = np.flatnonzero(fetch < len(kept))
+        if not len(searched):
+            return sure
+        base = float32_vectors(self.distances, self.distances.gallery, kept)
+        for span in spans(len(searched), self._width):
+            some = searched[span]
+            items, least = self._found(queries[some], base, int(fetch[some].max()))
+            sure[some] = self.take(queries[some], kept[items], least)
+        return sure
+
+    def take(self, queries: IntArray, items: IntArray, least: FloatArray) -> NDArray[np.bool_]:
+        """Fill in lists from candidates; says for which of the queries they are certain.
+
+        Args:
+            queries: (n,) which.
+            items: (n, m) their candidates.
+            least: (n,) a distance that no other item is below.
+        """
+        self._fill(queries, items, self.pairwise.listed(queries, items))
+        return np.asarray(self.values[queries, -1] + self.distances.slack < least)
+
+    def whole_rows(self, queries: IntArray) -> None:
+        """Fill in the lists of some queries from all of their distances."""
+        for span in spans(len(queries), self._rows):
+            rows = self.distances.rows(queries[span], self._width).cpu().numpy()
+            self._fill(queries[span], np.tile(np.arange(rows.shape[1]), (len(rows), 1)), rows)
+
+    def _found(
+        self, queries: IntArray, base: NDArray[np.float32], fetch: int
+    ) -> tuple[IntArray, FloatArray]:
+        """The rows of `base` (n, fetch) nearest to each query, and the least that others reach."""
         import faiss
 
-        hidden = self.labels.hidden()
-        fetch = self.k + hidden + _SPARE
-        everyone = np.arange(len(hidden))
-        if fetch.min() >= len(self.kept):
-            return everyone
-        base = self._float32(self.distances.gallery, self.kept)
-        unsure = [everyone[fetch >= len(self.kept)]]
-        searched = everyone[fetch < len(self.kept)]
-        for span in spans(len(searched), self.plan.queries):
-            queries = searched[span]
-            wanted = self._float32(self.distances.query, queries)
-            found = faiss.knn(wanted, base, int(fetch[queries].max()), metric=faiss.METRIC_L2)
-            sure = self._take(queries, found[0], self.kept[found[1]], indices, values)
-            unsure.append(queries[~sure])
-        return np.concatenate(unsure)
+        distances = self.distances
+        wanted = float32_vectors(distances, distances.query, queries)
+        if distances.query.unit:
+            scores, items = faiss.knn(wanted, base, fetch, metric=faiss.METRIC_INNER_PRODUCT)
+            return items, 1 - scores[:, -1].astype(np.float64) - sum_error(distances.dim)
+        squares, items = faiss.knn(wanted, base, fetch, metric=faiss.METRIC_L2)
+        # It is |x|^2 + |y|^2 - 2xy, so the error of a sum counts four times.
+        least = squares[:, -1].astype(np.float64) - 4 * sum_error(distances.dim)
+        return items, least * longest(distances) ** 2
 
-    def by_rows(self, queries: IntArray, indices: Tensor, values: Tensor) -> None:
-        """Fill in the lists of some queries from all of their exact distances."""
-        rows = self.distances.rows(queries, self.plan.gallery, exact=True).cpu().numpy()
-        everything = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
-        rows[self._left_out(queries, everything)] = np.inf
-        order = np.argsort(rows, axis=1, kind="stable")[:, : self.k]
-        self._fill(queries, order, np.take_along_axis(rows, order, axis=1), indices, values)
+    def _fill(self, queries: IntArray, items: IntArray, values: FloatArray) -> None:
+        if self.left_out is not None:
+            values[self.left_out(queries, items)] = np.inf
+        items, values = _ordered(items, values)
+        unclear = self._settle(queries, items, values)
+        items[unclear], values[unclear] = _ordered(items[unclear], values[unclear])
+        items, values = items[:, : self.k], values[:, : self.k]
+        self.items[queries, : items.shape[1]] = np.where(np.isfinite(values), items, -1)
+        self.values[queries, : items.shape[1]] = values
 
-    def _take(
-        self,
-        queries: IntArray,
-        found: NDArray[np.float32],
-        items: IntArray,
-        indices: Tensor,
-        values: Tensor,
-    ) -> NDArray[np.bool_]:
-        """Fill in lists from candidates; says for which queries they are certain."""
+    def _settle(self, queries: IntArray, items: IntArray, values: FloatArray) -> NDArray[np.bool_]:
+        """Make exact, in place, what is too near to a neighbour to tell which of them comes first.
+
+        Only runs that begin among the first k matter. Returns (n,) which rows were touched.
+        """
+        finite = np.isfinite(values[:, 1:])
+        reach = values[:, :-1] + 2 * self.distances.slack
+        joined = np.zeros(values.shape, dtype=np.bool_)
+        joined[:, 1:] = finite & (values[:, 1:] <= reach)
+        begins = np.where(joined, 0, np.arange(values.shape[1]))
+        near = np.maximum.accumulate(begins, axis=1) < self.k
+        joined[:, :-1] |= joined[:, 1:]
+        row, place = np.nonzero(joined & near)
+        pairs = queries[row], items[row, place]
+        values[row, place] = self.distances.exact_pairs(*pairs, self._width).cpu().numpy()
+        touched = np.zeros(len(values), dtype=np.bool_)
+        touched[row] = True
+        return touched
+
+
+class Pairwise:
+    """Distances of single pairs, in float64: as `Distances.approximate`, within `slack`.
+
+    Args:
+        distances: Between the sides that the pairs are of.
+    """
+
+    def __init__(self, distances: Distances) -> None:
+        self._left, self._right = _Vectors(distances.query), _Vectors(distances.gallery)
+        self._unit = distances.query.unit
+
+    def listed(self, queries: IntArray, items: IntArray) -> FloatArray:
+        """Distances (n, m) of queries (n,) to their items (n, m)."""
         pairs = np.repeat(queries, items.shape[1]), items.reshape(-1)
-        exact = self.distances.exact_pairs(*pairs, self.plan.gallery).cpu().numpy()
-        exact = exact.reshape(items.shape)
-        exact[self._left_out(queries, items)] = np.inf
-        order = np.lexsort((items, exact), axis=1)[:, : self.k]
-        taken = np.take_along_axis(exact, order, axis=1)
-        self._fill(queries, np.take_along_axis(items, order, axis=1), taken, indices, values)
-        # All that faiss did not return are at least as far as the last one that it did, but for
-        # the rounding of D float32 products of vectors that are at most 1 long.
-        rounding = (self.distances.dim + 16) * 2.0**-22
-        least = (found[:, -1] - rounding) * self.scale**2 * self.distances.weight
-        return np.asarray(taken[:, -1] < least)
+        return self.pairs(*pairs).reshape(items.shape)
 
-    def _fill(
-        self,
-        queries: IntArray,
-        items: IntArray,
-        found: FloatArray,
-        indices: Tensor,
-        values: Tensor,
-    ) -> None:
-        items = np.where(np.isfinite(found), items, -1)
-        where = torch.from_numpy(queries)
-        indices[where, : items.shape[1]] = torch.from_numpy(items)
-        values[where, : items.shape[1]] = torch.from_numpy(found.astype(np.float32))
+    def pairs(self, queries: IntArray, items: IntArray) -> FloatArray:
+        """Distances (M,) of queries (M,), equal ones side by side, to items (M,)."""
+        products = np.empty(len(queries))
+        bounds = np.flatnonzero(np.diff(queries, prepend=-1, append=-1)).tolist()
+        for start, stop in pairwise(bounds):
+            # The vectors of a list fit a cache, and einsum adds up in one order on any number of
+            # cores.
+            vectors = self._right.rows(items[start:stop]).astype(np.float64)
+            query = self._left.rows(queries[start : start + 1])[0].astype(np.float64)
+            products[start:stop] = np.einsum("kd,d->k", vectors, query)
+        left, right = self._left.norms[queries], self._right.norms[items]
+        if self._unit:
+            return np.maximum(1 - products / (left * right), 0)
+        return np.maximum(left * left + right * right - 2 * products, 0)
 
-    def _left_out(self, queries: IntArray, items: IntArray) -> NDArray[np.bool_]:
-        labels = self.labels
+
+class _Vectors:
+    """One side's vectors as they were given, and their norms, for numpy."""
+
+    def __init__(self, side: Side) -> None:
+        self._features = side.features
+        shared = side.features.device.type == "cpu" and side.features.dtype == torch.float32
+        self._array = side.features.numpy() if shared else None
+        self.norms: FloatArray = side.norms.cpu().numpy()
+
+    def rows(self, index: IntArray) -> NDArray[np.float32]:
+        if self._array is not None:
+            return self._array[index]
+        return np.asarray(self._features[torch.from_numpy(index)].to("cpu", torch.float32))
+
+
+def float32_vectors(distances: Distances, side: Side, index: IntArray) -> NDArray[np.float32]:
+    """Vectors (n, D) of one side, divided by the longest norm, so that no square overflows."""
+    out = np.empty((len(index), distances.dim), dtype=np.float32)
+    scale = longest(distances)
+    for span in spans(len(index), 1024):
+        out[span] = side.rows(index[span]).vectors.div_(scale).cpu().numpy()
+    return out
+
+
+def longest(distances: Distances) -> float:
+    """The largest norm of a vector as it is compared, 1 if all are zero."""
+    return max(distances.query.longest, distances.gallery.longest) or 1.0
+
+
+def sum_error(dim: int) -> float:
+    """How far off float32 may be in a product of two vectors of `dim` numbers, at most 1 long.
+
+    In whatever order the products are added up, n operations are off by at most n u / (1 - n u) of
+    the sum of their absolute values, which the norms bound (Higham, Accuracy and Stability of
+    Numerical Algorithms, 2002, section 3.1). Some more are for the rounding of the vectors, and of
+    sums with their squares.
+    """
+    steps = dim + 16
+    return steps * _UNIT / (1 - steps * _UNIT)
+
+
+def _ordered(items: IntArray, values: FloatArray) -> tuple[IntArray, FloatArray]:
+    """Rows sorted by value; of equal ones the earlier item first."""
+    order = np.lexsort((items, values), axis=1)
+    return np.take_along_axis(items, order, axis=1), np.take_along_axis(values, order, axis=1)
+
+
+def _left_out(labels: MatchLabels) -> LeftOut:
+    def left_out(queries: IntArray, items: IntArray) -> NDArray[np.bool_]:
         out = (labels.gallery_pids[items] == JUNK) & labels.junk
         if labels.drop:
             out |= labels.gallery_places[items] == labels.query_places[queries, None]
         return np.asarray(out)
 
-    def _float32(self, side: Side, index: IntArray) -> NDArray[np.float32]:
-        """The vectors divided by the longest norm, so that no square overflows."""
-        out = np.empty((len(index), self.distances.dim), dtype=np.float32)
-        for span in spans(len(index), self.plan.gallery):
-            out[span] = side.rows(index[span]).vectors.div_(self.scale).cpu().numpy()
-        return out
+    return left_out
+
+
+def _as_float32(lists: ExactLists) -> NDArray[np.float32]:
+    """The lists' distances; float32 tells apart more than `slack` does where they are small."""
+    values, distances = lists.values.copy(), lists.distances
+    row, place = np.nonzero(values <= distances.slack * 2.0**26)
+    pairs = row, lists.items[row, place]
+    values[row, place] = distances.exact_pairs(*pairs, lists._width).cpu().numpy()
+    return values.astype(np.float32)

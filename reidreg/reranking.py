@@ -17,7 +17,7 @@ out beforehand what should not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -30,13 +30,19 @@ from reidreg.distances import (
     Features,
     FloatArray,
     IntArray,
+    Side,
     check_at_least,
     ragged,
     spans,
 )
 from reidreg.errors import ConfigError
+from reidreg.graph import neighbour_graph
+from reidreg.neighbours import Pairwise
 
-_PAIRS = 2**20  # pairs (entry, gallery image) that are looked at together
+_BLOCK = 512  # images whose codes are made together
+_PIECE = 1024  # gallery vectors that are held in float64
+_CELLS = 2**23  # distances that are held together
+_PAIRS = 2**21  # pairs (entry, gallery image) that are looked at together
 
 
 class _Sparse(NamedTuple):
@@ -69,8 +75,12 @@ def rerank_rows(
     k2: int = 6,
     lam: float = 0.3,
     chunk: int = 512,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Re-ranked distances, a few queries at a time, as `match_positions_of_rows` takes them.
+
+    The neighbour search, which takes most of the time, is done when this is called; the rows are
+    computed as they are asked for.
 
     Args:
         query_features: (Q, D).
@@ -79,7 +89,8 @@ def rerank_rows(
         k1: An image's k1 nearest, with itself k1 + 1, are candidates for mutual nearness.
         k2: An encoding is averaged over the image's k2 nearest, itself included; 1 leaves it.
         lam: Share of the original distance in the final one, 0..1.
-        chunk: Images at a time; a few times chunk x N float64 values are held.
+        chunk: Queries at a time, at most; fewer where the gallery is large.
+        progress: Called with the steps of the neighbour search done and of all.
 
     Returns:
         An iterator of the first query and distances (q, G) float32 on the CPU.
@@ -93,7 +104,12 @@ def rerank_rows(
     if not 0 <= lam <= 1:
         raise ConfigError(f"lam: {lam} is no share; a number from 0 to 1 is needed")
     direct = Distances(query_features, gallery_features, metric)
-    return _rerank(direct, metric, k1, k2, lam, chunk)
+    everyone = _together(direct, metric)
+    neighbours = _neighbours(everyone, max(k1 + 1, k2), progress)
+    codes = _encode(everyone, neighbours, k1)
+    if k2 > 1:
+        codes = _expand(codes, neighbours.items[:, :k2])
+    return _rows(direct, codes, neighbours.divisors, lam, chunk)
 
 
 def clipping_note(num_images: int, k1: int = 20, k2: int = 6) -> str | None:
@@ -112,85 +128,41 @@ def clipping_note(num_images: int, k1: int = 20, k2: int = 6) -> str | None:
     )
 
 
-def _rerank(
-    direct: Distances, metric: str, k1: int, k2: int, lam: float, chunk: int
-) -> Iterator[tuple[int, Tensor]]:
+def _together(direct: Distances, metric: str) -> Distances:
+    """Query and gallery as one set, compared with itself."""
     sides = direct.query.features, direct.gallery.features
-    everyone = torch.cat([side.to(direct.device, torch.float32) for side in sides])
-    distances = Distances(everyone, everyone, metric)
-    neighbours = _neighbours(distances, max(k1 + 1, k2), chunk)
-    codes = _encode(distances, neighbours, k1, chunk)
-    if k2 > 1:
-        codes = _expand(codes, neighbours.items[:, :k2], chunk)
-    num_query, num_gallery = len(direct.query), len(direct.gallery)
-    index = _transpose(codes, num_query)
-    for span in spans(num_query, chunk):
-        shared = _overlaps(codes, index, span, num_gallery)
-        rows = direct.rows(span, 2 * chunk).cpu().numpy()
-        rows /= neighbours.divisors[span, None]
-        rows *= lam
-        rows += (1 - lam) * (1 - shared / (2 - shared))
-        yield span.start, torch.from_numpy(rows.astype(np.float32))
+    everyone = torch.cat([side.to("cpu", torch.float32) for side in sides])
+    return Distances(everyone, everyone, metric)
 
 
-def _neighbours(distances: Distances, k: int, chunk: int) -> _Neighbours:
+def _neighbours(
+    distances: Distances, k: int, progress: Callable[[int, int], None] | None
+) -> _Neighbours:
     """The neighbour lists, cut to N, with distances divided by each row's largest."""
-    k = min(k, len(distances.gallery))
-    found = list(nearest(distances, k, chunk=chunk))
-    items = np.concatenate([items.cpu().numpy() for items, _, _ in found])
-    values = np.concatenate([values.cpu().numpy() for _, values, _ in found])
-    farthest = np.concatenate([far.cpu().numpy() for _, _, far in found])
+    graph = neighbour_graph(distances, k, progress=progress)
     # Where all images are equal there is nothing to divide by, and every distance is 0.
-    divisors = np.where(farthest > distances.slack, farthest, 1.0)
-    return _Neighbours(items, values / divisors[:, None], divisors)
+    divisors = np.where(graph.farthest > distances.slack, graph.farthest, 1.0)
+    return _Neighbours(graph.items, graph.values / divisors[:, None], divisors)
 
 
-def nearest(
-    distances: Distances, k: int, *, chunk: int = 512
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The k nearest gallery items of every query; of two at equal distance the earlier is nearer.
-
-    Args:
-        distances: What to search.
-        k: How many, at most the gallery's size.
-        chunk: Queries at a time; chunk x gallery distances are held.
-
-    Yields:
-        For each run of n queries the items (n, k) and their distances (n, k), nearest first, and
-        the distance (n,) of the farthest item.
-    """
-    fetch = min(k + 1, len(distances.gallery))
-    width = 2 * chunk
-    for span in spans(len(distances.query), chunk):
-        rows = distances.rows(span, width)
-        values, items = rows.topk(fetch, largest=False)
-        farthest = rows.amax(dim=1)
-        unsure = (values.diff(dim=1) <= 2 * distances.slack).any(dim=1).nonzero()[:, 0]
-        if len(unsure):
-            again = distances.rows(unsure.cpu().numpy() + span.start, width, exact=True)
-            ordered = again.sort(dim=1, stable=True)
-            values[unsure], items[unsure] = ordered.values[:, :fetch], ordered.indices[:, :fetch]
-        yield items[:, :k], values[:, :k], farthest
-
-
-def _mutual(items: IntArray, chunk: int) -> NDArray[np.bool_]:
+def _mutual(items: IntArray) -> NDArray[np.bool_]:
     """(N, k) Whether each image is in turn in the list of the one in its list."""
     own = np.arange(len(items))[:, None, None]
-    pieces = spans(len(items), chunk)
+    pieces = spans(len(items), _BLOCK)
     return np.concatenate([(items[items[span]] == own[span]).any(axis=2) for span in pieces])
 
 
-def _encode(distances: Distances, neighbours: _Neighbours, k1: int, chunk: int) -> _Sparse:
+def _encode(distances: Distances, neighbours: _Neighbours, k1: int) -> _Sparse:
     """Each image's mutual neighbours, with theirs if they mostly agree, by exp(-distance)."""
     near = neighbours.items[:, : k1 + 1]
     half = neighbours.items[:, : int(np.around(k1 / 2)) + 1]
-    near_mutual, half_mutual = _mutual(near, chunk), _mutual(half, chunk)
-    count = len(near)
+    near_mutual, half_mutual = _mutual(near), _mutual(half)
+    pairwise, count = Pairwise(distances), len(near)
     sizes, columns, values = [], [], []
-    for span in spans(count, chunk):
+    for span in spans(count, _BLOCK):
         keys = _members(span, near, near_mutual, half, half_mutual)
         row = keys // count - span.start
-        weights = np.exp(-_looked_up(keys, span, distances, neighbours))
+        weights = np.exp(-_looked_up(keys, span, pairwise, neighbours))
         sums = np.bincount(row, weights=weights, minlength=span.stop - span.start)
         sizes.append(np.bincount(row, minlength=span.stop - span.start))
         columns.append(keys % count)
@@ -224,7 +196,7 @@ def _members(
 
 
 def _looked_up(
-    keys: IntArray, span: slice, distances: Distances, neighbours: _Neighbours
+    keys: IntArray, span: slice, pairwise: Pairwise, neighbours: _Neighbours
 ) -> FloatArray:
     """Divided distances of pairs: most are in the neighbour lists, the others are computed."""
     count = len(neighbours.items)
@@ -235,16 +207,15 @@ def _looked_up(
     values = neighbours.values[span].reshape(-1)[found]
     missing = np.flatnonzero(listed[found] != keys)
     row, member = np.divmod(keys[missing], count)
-    exact = distances.exact_pairs(row, member, 2 * (span.stop - span.start)).cpu().numpy()
-    values[missing] = exact / neighbours.divisors[row]
+    values[missing] = pairwise.pairs(row, member) / neighbours.divisors[row]
     return np.asarray(values)
 
 
-def _expand(codes: _Sparse, lists: IntArray, chunk: int) -> _Sparse:
+def _expand(codes: _Sparse, lists: IntArray) -> _Sparse:
     """Query expansion: each code becomes the mean of those of the images in its list."""
     count, length = lists.shape
     sizes, columns, values = [], [], []
-    for span in spans(count, chunk):
+    for span in spans(count, _BLOCK):
         entries, owner = codes.take(lists[span].reshape(-1))
         keys, which = np.unique(
             owner // length * count + codes.columns[entries], return_inverse=True
@@ -266,18 +237,66 @@ def _transpose(codes: _Sparse, first: int) -> _Sparse:
     return _Sparse(starts.astype(np.int64), row[order], codes.values[entries][order])
 
 
+def _rows(
+    direct: Distances, codes: _Sparse, divisors: FloatArray, lam: float, chunk: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The final distances: (1 - lam) * Jaccard distance + lam * original distance / divisor."""
+    num_query, num_gallery = len(direct.query), len(direct.gallery)
+    index = _transpose(codes, num_query)
+    for span in _chunks(codes, index, num_query, min(chunk, max(1, _CELLS // num_gallery))):
+        rows = _original(direct, span, lam / divisors[span])
+        rows += 1 - lam
+        shared = _overlaps(codes, index, span, num_gallery)
+        where = np.flatnonzero(shared)
+        some = shared[where]
+        rows.reshape(-1)[where] -= (1 - lam) * (some / (2 - some))
+        yield span.start, torch.from_numpy(rows.astype(np.float32))
+
+
+def _chunks(codes: _Sparse, index: _Sparse, num_query: int, most: int) -> Iterator[slice]:
+    """Runs of queries: as many as `most`, and no more pairs of entries than fit `_PAIRS`."""
+    sizes = np.diff(index.starts)[codes.columns[: codes.starts[num_query]]]
+    before = np.concatenate([[0], np.cumsum(sizes)])[codes.starts[: num_query + 1]]
+    start = 0
+    while start < num_query:
+        fits = int(np.searchsorted(before, before[start] + _PAIRS, side="right")) - 1
+        stop = min(max(fits, start + 1), start + most, num_query)
+        yield slice(start, stop)
+        start = stop
+
+
+def _original(direct: Distances, span: slice, factors: FloatArray) -> FloatArray:
+    """(q, G) Distances of some queries, times a factor each.
+
+    The product is in float64, which float32 then rounds: equal images keep equal distances.
+    """
+    query, gallery = direct.query, direct.gallery
+    rows = np.empty((span.stop - span.start, len(gallery)))
+    vectors = query.rows(span).vectors.cpu().numpy() * factors[:, None]
+    for piece in spans(len(gallery), _PIECE):
+        products = rows[:, piece]
+        np.matmul(vectors, _float64(gallery, piece).T, out=products)
+        if query.unit:
+            products /= -gallery.norms[piece].cpu().numpy()
+            products += factors[:, None]
+        else:
+            squares = query.squares[span, None] + gallery.squares[piece]
+            products *= -2
+            products += squares.cpu().numpy() * factors[:, None]
+    return rows
+
+
+def _float64(side: Side, piece: slice) -> FloatArray:
+    """Vectors (n, D) as they were given."""
+    vectors = side.features[piece].to("cpu", torch.float32).to(torch.float64)
+    return np.asarray(vectors.numpy())
+
+
 def _overlaps(codes: _Sparse, index: _Sparse, span: slice, width: int) -> FloatArray:
-    """(q, G) The sum, over all entries, of the smaller of the query's and the gallery image's."""
-    height = span.stop - span.start
-    shared = np.zeros(height * width)
+    """(q * G) The sum, over all entries, of the smaller of the query's and the gallery image's."""
     entries, row = codes.take(np.arange(span.start, span.stop))
-    sizes = np.diff(index.starts)[codes.columns[entries]]
-    cuts = np.searchsorted(np.cumsum(sizes), np.arange(_PAIRS, int(sizes.sum()), _PAIRS))
-    for part in np.split(np.arange(len(entries)), cuts):
-        there, which = index.take(codes.columns[entries[part]])
-        mine = codes.values[entries[part]][which]
-        where = row[part][which] * width + index.columns[there]
-        shared += np.bincount(
-            where, weights=np.minimum(mine, index.values[there]), minlength=len(shared)
-        )
-    return shared.reshape(height, width)
+    there, which = index.take(codes.columns[entries])
+    weights = np.minimum(codes.values[entries][which], index.values[there])
+    where = row[which] * width + index.columns[there]
+    cells = (span.stop - span.start) * width
+    return np.bincount(where, weights=weights, minlength=cells).astype(np.float64, copy=False)
