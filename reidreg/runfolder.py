@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from reidreg.checkpoint import remove_partial_files
 from reidreg.config import Config
 from reidreg.errors import CheckpointError, ConfigError
+from reidreg.locking import exclusive
 from reidreg.yamlfile import dump_yaml
 
 
@@ -116,28 +116,11 @@ class RunFolder:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the folder for this process; the system lets go of it however the process ends.
-
-        On network file systems without locks two machines may still share a folder.
+        """Hold the folder for this process.
 
         Raises:
             ConfigError: Another run holds it.
         """
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            yield
-            return
-        with (self.root / ".lock").open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                raise ConfigError(
-                    f"output_dir: {self.root} is in use by {file.read() or 'another run'}; "
-                    "give another --output_dir"
-                ) from error
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+        fix = "give another --output_dir"
+        with exclusive(self.root, "output_dir", fix):
             yield
