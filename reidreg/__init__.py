@@ -43,6 +43,7 @@ _HOMES = {
     "check_matchable": "matching",
     "clipping_note": "reranking",
     "evaluate": "evaluation",
+    "expand_queries": "expansion",
     "extract": "evaluation",
     "fit": "training",
     "load_checkpoint": "checkpoint",
@@ -91,6 +92,7 @@ __all__ = [
     "check_matchable",
     "clipping_note",
     "evaluate",
+    "expand_queries",
     "extract",
     "fit",
     "load_checkpoint",
@@ -114,6 +116,7 @@ if TYPE_CHECKING:
     from reidreg.config import Config
     from reidreg.errors import DataError, ReidregError
     from reidreg.evaluation import evaluate, extract
+    from reidreg.expansion import expand_queries
     from reidreg.extractor import FeatureExtractor
     from reidreg.interfaces import (
         BACKBONES,

@@ -43,6 +43,7 @@ def ranked_lists(
     same_camera: str = "drop",
     everything: bool = False,
     budget_mib: float = 256,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest gallery items of each query, exactly as `match_positions` counts them.
 
@@ -59,6 +60,7 @@ def ranked_lists(
             out junk alone.
         everything: Leave nothing out, neither junk nor items of the query's camera.
         budget_mib: Memory to use beside the features and a float32 copy of them, in MiB.
+        progress: Called with the number of lists that are certain and of all.
 
     Returns:
         Gallery indices (Q, k) int64, -1 where there are fewer, and distances (Q, k) float32,
@@ -74,7 +76,7 @@ def ranked_lists(
     if everything:
         labels = labels.keep_all()
     distances = Distances(query.features, gallery.features, metric, (query.paths, gallery.paths))
-    lists = ExactLists(distances, k, _left_out(labels), budget_mib)
+    lists = ExactLists(distances, k, _left_out(labels), budget_mib, progress)
     everyone = np.arange(len(labels.query_pids))
     lists.complete(everyone, labels.kept, k + labels.hidden() + _SPARE)
     return torch.from_numpy(lists.items), torch.from_numpy(_as_float32(lists))
@@ -91,6 +93,7 @@ class ExactLists:
         k: The length of the lists.
         left_out: Which of items (n, m), in the lists of queries (n,), do not count.
         budget_mib: Memory to use beside the features and a float32 copy of them, in MiB.
+        progress: Called with the number of lists that are certain and of all.
     """
 
     def __init__(
@@ -99,8 +102,10 @@ class ExactLists:
         k: int,
         left_out: LeftOut | None = None,
         budget_mib: float = 256,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.distances, self.k, self.left_out = distances, k, left_out
+        self._progress, self._done = progress, 0
         self.items = np.full((len(distances.query), k), -1, dtype=np.int64)
         self.values = np.full((len(distances.query), k), np.inf)
         budget = int(budget_mib * 2**20)
@@ -146,13 +151,21 @@ class ExactLists:
             least: (n,) a distance that no other item is below.
         """
         self._fill(queries, items, self.pairwise.listed(queries, items))
-        return np.asarray(self.values[queries, -1] + self.distances.slack < least)
+        sure = self.values[queries, -1] + self.distances.slack < least
+        self._advance(int(sure.sum()))
+        return np.asarray(sure)
 
     def whole_rows(self, queries: IntArray) -> None:
         """Fill in the lists of some queries from all of their distances."""
         for span in spans(len(queries), self._rows):
             rows = self.distances.rows(queries[span], self._width).cpu().numpy()
             self._fill(queries[span], np.tile(np.arange(rows.shape[1]), (len(rows), 1)), rows)
+            self._advance(len(rows))
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        if self._progress:
+            self._progress(self._done, len(self.items))
 
     def _found(
         self, queries: IntArray, base: NDArray[np.float32], fetch: int

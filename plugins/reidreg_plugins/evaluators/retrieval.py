@@ -23,6 +23,7 @@ from reidreg import (
     check_impostors,
     check_matchable,
     clipping_note,
+    expand_queries,
     match_positions,
     match_positions_of_rows,
     ranked_lists,
@@ -57,6 +58,8 @@ class Retrieval(Evaluator):
         k1: Neighbours that re-ranking looks at.
         k2: Neighbours whose sets re-ranking averages.
         lambda_value: Share of the original distance after re-ranking.
+        expansion: Give figures after query expansion by so many neighbours, say 5; 0 gives none.
+        expansion_alpha: How fast farther neighbours count less in query expansion; 0 is their mean.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class Retrieval(Evaluator):
         k1: Annotated[int, Ge(1)] = 20,
         k2: Annotated[int, Ge(1)] = 6,
         lambda_value: Annotated[float, Interval(ge=0, le=1)] = 0.3,
+        expansion: Annotated[int, Ge(0)] = 0,
+        expansion_alpha: Annotated[float, Ge(0)] = 3.0,
     ) -> None:
         self.metric = metric
         self.max_rank = max_rank
@@ -90,6 +95,8 @@ class Retrieval(Evaluator):
         self.k1 = k1
         self.k2 = k2
         self.lambda_value = lambda_value
+        self.expansion = expansion
+        self.expansion_alpha = expansion_alpha
 
     @staticmethod
     def check(options: Mapping[str, Any]) -> None:
@@ -112,6 +119,8 @@ class Retrieval(Evaluator):
             figures["verification"] = self._verification(query, gallery, raw)
         if self.rerank:
             figures["reranked"] = self._figures(self._reranked(query, gallery), query.pids)
+        if self.expansion:
+            figures["expanded"] = self._figures(self._expanded(query, gallery), query.pids)
         return figures
 
     def _figures(self, matches: MatchPositions, pids: Tensor) -> dict[str, Any]:
@@ -181,14 +190,16 @@ class Retrieval(Evaluator):
         # Junk would be somebody's neighbour; the published figures are without it.
         gallery = _without_junk(gallery)
         ids = query.pids, query.camids, gallery.pids, gallery.camids
-        rows = rerank_rows(
-            query.features,
-            gallery.features,
-            metric=self.metric,
-            k1=self.k1,
-            k2=self.k2,
-            lam=self.lambda_value,
-        )
+        with ProgressBar("neighbours") as bar:
+            rows = rerank_rows(
+                query.features,
+                gallery.features,
+                metric=self.metric,
+                k1=self.k1,
+                k2=self.k2,
+                lam=self.lambda_value,
+                progress=bar.report,
+            )
         with ProgressBar("re-ranking") as bar:
             if self.protocol == "cuhk03":
                 return single_shot_positions_of_rows(
@@ -201,6 +212,18 @@ class Retrieval(Evaluator):
             return match_positions_of_rows(
                 rows, *ids, same_camera=self.same_camera, progress=bar.report
             )
+
+    def _expanded(self, query: Embeddings, gallery: Embeddings) -> MatchPositions:
+        with ProgressBar("expansion") as bar:
+            expanded = expand_queries(
+                query,
+                gallery,
+                k=self.expansion,
+                alpha=self.expansion_alpha,
+                metric=self.metric,
+                progress=bar.report,
+            )
+        return self._positions(expanded, gallery)
 
     def rank(self, query: Embeddings, gallery: Embeddings, k: int) -> tuple[Tensor, Tensor]:
         return ranked_lists(query, gallery, k=k, metric=self.metric, same_camera=self.same_camera)
