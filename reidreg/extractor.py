@@ -15,6 +15,7 @@ from torch import Tensor
 from reidreg.data import read_image
 from reidreg.errors import DataError
 from reidreg.evaluation import open_checkpoint, restore_embedder
+from reidreg.thresholds import stored_threshold
 
 Crop = str | Path | Image.Image | NDArray[np.uint8]
 
@@ -33,7 +34,16 @@ class FeatureExtractor:
             ckpt, {"train": {"device": device, "eval_batch_size": batch_size}}
         )
         self._embedder = restore_embedder(checkpoint, config)
+        self._threshold = stored_threshold(checkpoint)
         self._embedder.model.eval()
+
+    @property
+    def threshold(self) -> float | None:
+        """The cosine from which on two crops show the same person; None if none is stored.
+
+        `reidreg evaluate --ckpt FILE --evaluator.verification true --save_threshold` stores one.
+        """
+        return self._threshold
 
     @functools.cached_property
     def _width(self) -> int:
