@@ -24,6 +24,7 @@ _HOMES = {
     "Embeddings": "values",
     "Evaluator": "interfaces",
     "FeatureExtractor": "extractor",
+    "GalleryIndex": "index",
     "HEADS": "interfaces",
     "Head": "interfaces",
     "LOSSES": "interfaces",
@@ -73,6 +74,7 @@ __all__ = [
     "Embeddings",
     "Evaluator",
     "FeatureExtractor",
+    "GalleryIndex",
     "HEADS",
     "Head",
     "LOSSES",
@@ -118,6 +120,7 @@ if TYPE_CHECKING:
     from reidreg.evaluation import evaluate, extract
     from reidreg.expansion import expand_queries
     from reidreg.extractor import FeatureExtractor
+    from reidreg.index import GalleryIndex
     from reidreg.interfaces import (
         BACKBONES,
         DATASETS,

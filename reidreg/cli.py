@@ -15,8 +15,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from reidreg.arguments import Parser, take_configs, value_of
 from reidreg.errors import (
     ConfigError,
     DivergedError,
@@ -103,57 +104,6 @@ def _usage() -> str:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and the nearest name for a mistyped option."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-    def parse(self, arguments: list[str]) -> argparse.Namespace:
-        known, unknown = self.parse_known_args(arguments)
-        if unknown:
-            options = [o.removeprefix("--") for o in self._option_string_actions]
-            word = unknown[0].partition("=")[0]
-            hint = did_you_mean(word.removeprefix("--"), options)
-            raise ConfigError(f"no such option: {word}{hint.replace(chr(39), '')}")
-        return known
-
-
-def _take_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split off every `--config FILE`.
-
-    Returns:
-        The files, and the arguments without them.
-    """
-    configs, rest, position = [], [], 0
-    while position < len(arguments):
-        option, equals, value = arguments[position].partition("=")
-        if option == "--config":
-            if not equals:
-                position += 1
-                if position == len(arguments) or arguments[position].startswith("--"):
-                    raise ConfigError("--config: expected a file, or the name of one that ships")
-                value = arguments[position]
-            configs.append(value)
-        else:
-            rest.append(arguments[position])
-        position += 1
-    return configs, rest
-
-
-def _value_of(option: str, arguments: list[str]) -> str | None:
-    """The value of an option that has to be known before the others can be parsed."""
-    for position, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == option:
-            following = arguments[position + 1 : position + 2]
-            return value if equals else (following[0] if following else None)
-    return None
-
-
 # --------------------------------------------------------------------- commands
 
 
@@ -167,7 +117,7 @@ def fit_command(arguments: list[str]) -> int:
     """`reidreg fit`."""
     from reidreg.parsing import parse
 
-    configs, flags = _take_configs(arguments)
+    configs, flags = take_configs(arguments)
     config, own = parse(
         [*configs],
         flags,
@@ -214,7 +164,7 @@ def evaluate_command(arguments: list[str]) -> int:
     """`reidreg evaluate`."""
     from reidreg.parsing import options_given, parse, resolve
 
-    configs, flags = _take_configs(arguments)
+    configs, flags = take_configs(arguments)
     commands: dict[str, dict[str, Any]] = {
         "ckpt": {"metavar": "FILE", "default": None, "help": "a checkpoint of ours"},
         "query": {
@@ -232,13 +182,17 @@ def evaluate_command(arguments: list[str]) -> int:
             "action": "store_true",
             "help": "write a page to look at: figures, curves, ranked galleries; it shows people",
         },
+        "save_threshold": {
+            "action": "store_true",
+            "help": "store the threshold of evaluator.verification in the checkpoint",
+        },
         "no_cache": _NO_CACHE,
     }
-    ckpt, help_asked = _value_of("--ckpt", flags), "--help" in flags or "-h" in flags
+    ckpt, help_asked = value_of("--ckpt", flags), "--help" in flags or "-h" in flags
     prog = "reidreg evaluate"
     if ckpt is None:
         layers = [*configs] if configs else [{"evaluator": {"name": "retrieval"}}]
-        if _value_of("--query", flags) is None and not help_asked:
+        if value_of("--query", flags) is None and not help_asked:
             raise ConfigError("give --ckpt FILE, or --query FILE and --gallery FILE")
         values, own = resolve(
             [*([] if help_asked and not configs else layers)],
@@ -277,10 +231,17 @@ def evaluate_command(arguments: list[str]) -> int:
         part, given = config.evaluator, options_given("evaluator", configs, flags)
         options = with_report_figures(part.name, part.options, given)
         config = replace(config, evaluator=replace(part, options=options))
+    if own["save_threshold"]:
+        from reidreg.thresholds import check_threshold_wanted, store_threshold
+
+        check_threshold_wanted(checkpoint, config)
     result = evaluate_checkpoint(checkpoint, config, cache)
     logger.info("%s", "\n".join(evaluation_table(result.figures)))
     write_metrics(result.figures, output / "metrics.json")
     logger.info("figures: %s", output / "metrics.json")
+    if own["save_threshold"]:
+        store_threshold(Path(ckpt), checkpoint, result.figures)
+        logger.info("threshold stored: %s", ckpt)
     if own["report"]:
         about = {"Checkpoint": ckpt, **result.about}
         _write_report(replace(result, about=about), output)
@@ -295,6 +256,8 @@ def _evaluate_features(evaluator: dict[str, Any], own: dict[str, Any], given: se
 
     if not (own["query"] and own["gallery"]):
         raise ConfigError("features are evaluated with both --query FILE and --gallery FILE")
+    if own["save_threshold"]:
+        raise ConfigError("--save_threshold stores it in a checkpoint; give --ckpt FILE")
     if own["report"] and not own["output"]:
         raise ConfigError("--report: say with --output DIR where the report is to be")
     log_to_console()
@@ -330,7 +293,7 @@ def extract_command(arguments: list[str]) -> int:
     """`reidreg extract`."""
     from reidreg.parsing import parse
 
-    configs, flags = _take_configs(arguments)
+    configs, flags = take_configs(arguments)
     commands: dict[str, dict[str, Any]] = {
         "ckpt": {"metavar": "FILE", "default": None, "help": "a checkpoint of ours"},
         "split": {"metavar": "SPLIT", "default": None, "help": "train, query or gallery"},
@@ -343,7 +306,7 @@ def extract_command(arguments: list[str]) -> int:
         },
         "no_cache": _NO_CACHE,
     }
-    ckpt = _value_of("--ckpt", flags)
+    ckpt = value_of("--ckpt", flags)
     checkpoint = None
     if ckpt is not None:
         from reidreg.checkpoint import load_checkpoint
@@ -375,9 +338,23 @@ def extract_command(arguments: list[str]) -> int:
     return 0
 
 
+def index_command(arguments: list[str]) -> int:
+    """`reidreg index`."""
+    from reidreg.index_cli import index
+
+    return index(arguments)
+
+
+def search_command(arguments: list[str]) -> int:
+    """`reidreg search`."""
+    from reidreg.index_cli import search
+
+    return search(arguments)
+
+
 def plugins_command(arguments: list[str]) -> int:
     """`reidreg plugins`."""
-    parser = _Parser(
+    parser = Parser(
         prog="reidreg plugins", description="List every registered part, and broken plugins."
     )
     parser.add_argument("kind", nargs="?", metavar="KIND", help="dataset, sampler, backbone, ...")
@@ -418,7 +395,7 @@ def plugins_command(arguments: list[str]) -> int:
 
 def synthesize_command(arguments: list[str]) -> int:
     """`reidreg synthesize`."""
-    parser = _Parser(
+    parser = Parser(
         prog="reidreg synthesize",
         description="Draw a data set of pedestrians in the layout of a real one.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -457,7 +434,7 @@ def synthesize_command(arguments: list[str]) -> int:
 
 def doctor_command(arguments: list[str]) -> int:
     """`reidreg doctor`."""
-    parser = _Parser(
+    parser = Parser(
         prog="reidreg doctor", description="Look at everything that a run needs, before a run."
     )
     parser.add_argument("--config", action="append", default=[], help="look at its data as well")
@@ -471,7 +448,7 @@ def doctor_command(arguments: list[str]) -> int:
 
 def import_config_command(arguments: list[str]) -> int:
     """`reidreg import-config`."""
-    parser = _Parser(
+    parser = Parser(
         prog="reidreg import-config",
         description="Translate a reid-strong-baseline (yacs) configuration; ours goes to stdout.",
     )
@@ -488,6 +465,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "fit": (fit_command, "train a model"),
     "evaluate": (evaluate_command, "figures of a checkpoint, or of features"),
     "extract": (extract_command, "features of images"),
+    "index": (index_command, "put a gallery on disk, to search in"),
+    "search": (search_command, "find images in an index"),
     "plugins": (plugins_command, "list every part and where it comes from"),
     "synthesize": (synthesize_command, "draw a data set in a real layout"),
     "doctor": (doctor_command, "look at everything that a run needs"),
