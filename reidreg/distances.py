@@ -336,7 +336,8 @@ class Distances:
         return self._in_blocks(queries, items, width, group, self._near)
 
     def _near(self, queries: IntArray, items: IntArray) -> Tensor:
-        return self.approximate(self.query.rows(queries), self.gallery.rows(items))
+        products = self.query.raw(queries) @ self.gallery.raw(items).T
+        return self._of_products(products, self._index(queries)[:, None], self._index(items))
 
     def _in_blocks(
         self,
@@ -367,16 +368,19 @@ class Distances:
             items: (M,) rows of the gallery side.
         """
         out = torch.empty(len(queries), dtype=torch.float64, device=self.device)
-        for span in spans(len(queries), max(1, _CACHED // self.dim // 2)):
+        for span in spans(len(queries), max(1, 2 * _CACHED // self.dim)):
             rows, columns = queries[span], items[span]
             products = self.query.raw(rows).mul_(self.gallery.picked(columns)).sum(dim=1)
-            row, column = self._index(rows), self._index(columns)
-            if self.query.unit:
-                out[span] = 1 - products / (self.query.norms[row] * self.gallery.norms[column])
-            else:
-                squares = self.query.squares[row] + self.gallery.squares[column]
-                out[span] = squares - 2 * products
+            out[span] = self._of_products(products, self._index(rows), self._index(columns))
         return out
+
+    def _of_products(self, products: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Distances from products of the vectors as they were given; overwrites these."""
+        if self.query.unit:
+            norms = self.query.norms[rows] * self.gallery.norms[columns]
+            return products.div_(norms).neg_().add_(1)
+        squares = self.query.squares[rows] + self.gallery.squares[columns]
+        return products.mul_(-2).add_(squares)
 
     def rows(self, queries: slice | IntArray, width: int, *, exact: bool = False) -> Tensor:
         """Distances of some queries to the whole gallery, (n, G).

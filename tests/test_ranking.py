@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reidreg
-from reidreg.distances import Distances
+from reidreg.distances import Distances, full_float32
 from reidreg.errors import ConfigError, DataError
 from reidreg.matching import check_matchable
 from reidreg.metrics import retrieval_figures
@@ -282,6 +282,78 @@ def test_approximate_distances_keep_to_their_bound(seed, dim, exponent):
         distances = Distances(x.astype(np.float32), x[::-1].astype(np.float32), metric)
         exact = distances.exact(slice(0, 6), slice(0, 6))
         assert float((exact - distances.rows(slice(0, 6), 4)).abs().max()) < distances.slack
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 700),
+    st.integers(-37, 30),
+    st.sampled_from(["spread", "offset", "alternating", "one large"]),
+)
+def test_scores_of_float32_keep_to_their_bound(seed, dim, exponent, kind):
+    draw = np.random.default_rng(seed)
+    x = draw.standard_normal((6, dim))
+    if kind == "offset":  # all nearly alike
+        x = 1000 + x
+    elif kind == "alternating":  # sums that cancel
+        x = 1000 * (-1.0) ** np.arange(dim) + x
+    elif kind == "one large":
+        x[:, 0] = 1e6
+    x = (x * 10.0 ** draw.integers(-3, 2, (6, 1)) * 10.0**exponent).astype(np.float32)
+    rows = np.arange(6)
+    for metric in ("euclidean", "cosine"):
+        distances = Distances(x, x[::-1].copy(), metric)
+        with full_float32():
+            tile = torch.empty(6, 6)
+            distances.scores(distances.score_queries(rows), distances.score_items(rows), out=tile)
+        exact = distances.exact(rows, rows).flatten()
+        wanted = distances.score_of(np.repeat(rows, 6), exact).view(6, 6)
+        assert float((tile.double() - wanted).abs().max()) < distances.score_slack
+        pairs = distances.pairs(np.repeat(rows, 6), np.tile(rows, 6))
+        near = distances.near_pairs(np.repeat(rows, 6), np.tile(rows, 6), 4)
+        for found in (pairs, near):
+            assert float((found - exact).abs().max()) < distances.slack
+
+
+def exact_positions(query, gallery, metric):
+    """Positions from a stable sort of all exact distances."""
+    distances = Distances(query.features, gallery.features, metric)
+    everyone = slice(0, len(query.pids)), slice(0, len(gallery.pids))
+    return naive_positions(distances.exact(*everyone).tolist(), query, gallery)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1e-3, 1e-5, 1e-6, 1e-7, 1e-8]),
+    st.sampled_from(["cosine", "euclidean"]),
+    st.integers(1, 300),
+)
+def test_what_float32_cannot_tell_apart_is_settled(seed, gap, metric, dim):
+    # A collapsed model: all features within a hair of each other, many of them equal.
+    draw = np.random.default_rng(seed)
+    pids, camids = draw.integers(0, 4, 90), draw.integers(0, 3, 90)
+    steps = draw.integers(-2, 3, (90, dim)) * gap
+    everyone = embeddings(draw.standard_normal(dim) + steps, pids, camids)
+    query = Embeddings(everyone.features[:15], everyone.pids[:15], everyone.camids[:15])
+    gallery = Embeddings(everyone.features[15:], everyone.pids[15:], everyone.camids[15:])
+    expected = exact_positions(query, gallery, metric)
+    assert by_query(match_positions(query, gallery, metric=metric)) == expected
+    assert by_query(match_positions(query, gallery, metric=metric, budget_mib=1)) == expected
+
+
+def test_positions_do_not_depend_on_the_precision_that_training_has_chosen():
+    query, gallery = random_sides()
+    expected = match_positions(query, gallery).positions.tolist()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert match_positions(query, gallery).positions.tolist() == expected
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
