@@ -77,6 +77,7 @@ def test_the_whole_way_in_processes_of_their_own(
     evaluated = reidreg("evaluate", "--ckpt", ckpt, "--report", "--output", "out")
     assert evaluated.returncode == 0, evaluated.stderr
     assert (tmp_path / "out/report/ranked.png").stat().st_size > 10_000
+    assert ckpt in (tmp_path / "out/report/index.html").read_text()
     for split in ("query", "gallery"):
         result = reidreg("extract", "--ckpt", ckpt, "--split", split, "--output", f"{split}.npz")
         assert result.returncode == 0, result.stderr

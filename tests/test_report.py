@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import io
+import json
 import re
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,28 +19,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import Command
 from reidreg import EVALUATORS, Embeddings, Evaluator, load_plugins
 from reidreg.errors import DataError
 from reidreg.evaluation import Evaluation
+from reidreg.parsing import options_given
 from reidreg.report import write_report
 from reidreg.report.cameras import camera_matrix
 from reidreg.report.charts import Axis, cmc_chart, score_chart
 from reidreg.report.figures import blocks, figure_table, skipped
 from reidreg.report.galleries import pick_queries, ranked_queries
+from reidreg.report.options import with_report_figures
 from reidreg.report.thumbnails import Thumbnails
+from reidreg.schema import options_of
 
 DATE = datetime(2026, 3, 1, 12, 30, tzinfo=timezone.utc)
 PERSONAL = ("index.html", "ranked.png")
-# Each would run, load or break something if it were put in unescaped.
-HOSTILE = [
-    "<script>window.hit = 1</script>",
-    "</script><script>window.hit = 2</script>",
-    "\"><img src=x onerror='window.hit = 3'>",
-    "' onmouseover=window.hit=4 x='",
-    "</style><svg onload='window.hit = 5'></svg><!--",
-    "{{ 7 * 7 }}{% raw %}&lt;b&gt;",
-    "https://example.org/a.jpg",
-]
 
 
 def draw_side(folder: Path, count: int, seed: int) -> Embeddings:
@@ -100,10 +95,6 @@ def verification_figures() -> dict[str, Any]:
             "impostor": [5000, 400, 0],
         },
     }
-
-
-def replaced(evaluation: Evaluation, **figures: Any) -> Evaluation:
-    return dataclasses.replace(evaluation, figures={**evaluation.figures, **figures})
 
 
 # --------------------------------------------------------------------- what is shown
@@ -368,3 +359,56 @@ def test_an_evaluator_that_gives_other_figures_has_a_page(
 ) -> None:
     other = dataclasses.replace(evaluation, figures={"accuracy": 0.5}, options={}, about={})
     assert "none of the usual figures" in write_report(other, tmp_path, rows=1).read_text()
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(
+    evaluation: Evaluation, tmp_path: Path
+) -> None:
+    (tmp_path / "report").write_text("")
+    with pytest.raises(DataError, match="cannot write .*below .*another --output"):
+        write_report(evaluation, tmp_path / "report" / "below", rows=1)
+
+
+# --------------------------------------------------------------------- the command line
+
+
+def test_a_report_asks_for_figures_unless_the_user_said_otherwise() -> None:
+    load_plugins()
+    defaults = {name: o.default for name, o in options_of(EVALUATORS["retrieval"]).items()}
+    asked = with_report_figures("retrieval", defaults)
+    assert (asked["bootstrap"], asked["cameras"], asked["verification"]) == (1000, True, True)
+    assert {**asked, "bootstrap": 0, "cameras": False, "verification": False} == defaults
+    # What was said stays, also where it says the default; and so does what is no default.
+    said = with_report_figures("retrieval", {**defaults, "bootstrap": 50}, {"verification"})
+    assert (said["bootstrap"], said["cameras"], said["verification"]) == (50, True, False)
+    # What does not go together is not asked for.
+    drawn = with_report_figures("retrieval", {**defaults, "protocol": "cuhk03"})
+    assert (drawn["bootstrap"], drawn["cameras"], drawn["verification"]) == (1000, False, True)
+
+
+def test_options_are_given_by_files_and_flags(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("evaluator: {name: retrieval, bootstrap: 0}\n")
+    layers = [tmp_path / "a.yaml", {"evaluator.metric": "cosine", "train.seed": 1}]
+    flags = ["--evaluator.far=0.1", "--evaluator.cameras", "false", "--train.epochs", "2"]
+    given = {"name", "bootstrap", "metric", "far", "cameras"}
+    assert options_given("evaluator", layers, flags) == given
+    assert options_given("evaluator", [], ["--report"]) == set()
+
+
+def test_the_command_line_reports_on_features_of_any_system(
+    evaluation: Evaluation, tmp_path: Path, reidreg: Command
+) -> None:
+    for name in ("query", "gallery"):
+        side: Embeddings = getattr(evaluation, name)
+        arrays = {"features": side.features, "pids": side.pids, "camids": side.camids}
+        np.savez(tmp_path / f"{name}.npz", **arrays, paths=np.array(side.paths))
+    files = ["--query", "query.npz", "--gallery", "gallery.npz"]
+    done = reidreg("evaluate", *files, "--report", "--evaluator.cameras=false", "--output", "out")
+    assert done.returncode == 0, done.stderr
+    assert "report, with images of people in it: out/report/index.html" in done.stdout
+    figures = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert "verification" in figures and "intervals" in figures and "cameras" not in figures
+    text = (tmp_path / "out/report/index.html").read_text()
+    assert "query.npz" in text and 'id="scores"' in text and 'class="row"' in text
+    refused = reidreg("evaluate", *files, "--report")
+    assert refused.returncode == 2 and "say with --output DIR" in refused.stderr

@@ -113,7 +113,11 @@ def cmc_chart(figures: Mapping[str, Any], height: int = HEIGHT) -> Chart | None:
                 (x.at(k), y.at(share), f"{title}, rank {k}: {share:.1%}")
                 for k, share in enumerate(block["cmc"], 1)
             ],
-            whiskers=[(x.at(k), y.at(low), y.at(high)) for k, low, high in rank_intervals(block)],
+            # Beside each other, where curves meet.
+            whiskers=[
+                (x.at(k) + 3 * number, y.at(low), y.at(high))
+                for k, low, high in rank_intervals(block)
+            ],
         )
         for number, (title, block) in enumerate(found.items())
     ]

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from reidreg import __version__
 from reidreg.evaluation import Evaluation
+from reidreg.matching import JUNK
 from reidreg.report.cameras import camera_matrix
 from reidreg.report.charts import HEIGHT, TALL, cmc_chart, score_chart
 from reidreg.report.figures import blocks, figure_table, is_number, skipped
@@ -137,12 +138,10 @@ def _facts(evaluation: Evaluation) -> dict[str, list[str]]:
 
 
 def _side(side: Embeddings) -> str:
-    pids = side.pids[side.pids != -1].tolist()
-    junk = len(side.pids) - len(pids)
-    return (
-        f"{len(side.pids):,} images, {len(set(pids)):,} people, "
-        f"{len(set(side.camids.tolist())):,} cameras" + (f"; {junk:,} of them junk" if junk else "")
-    )
+    pids = side.pids[side.pids != JUNK].tolist()
+    junk, cameras = len(side.pids) - len(pids), set(side.camids.tolist())
+    text = f"{len(side.pids):,} images, {len(set(pids)):,} people, {len(cameras):,} cameras"
+    return text + (f"; {junk:,} images are junk" if junk else "")
 
 
 def _word(value: Any) -> str:

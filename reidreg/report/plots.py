@@ -33,7 +33,9 @@ def draw_cmc(figures: Mapping[str, Any]) -> bytes | None:
         percent = [100 * share for share in block["cmc"]]
         axes.plot(range(1, len(percent) + 1), percent, line, color=colour, lw=2, label=title)
         for rank, low, high in rank_intervals(block):
-            axes.plot([rank, rank], [100 * low, 100 * high], color=colour, lw=1, marker="_")
+            # Beside each other, where curves meet.
+            place = [rank + 0.25 * number] * 2
+            axes.plot(place, [100 * low, 100 * high], color=colour, lw=1, marker="_")
     longest = max(len(block["cmc"]) for block in curves.values())
     axes.set_xlim(0, longest + 1)
     axes.set_ylim(top=100)
@@ -67,10 +69,10 @@ def draw_scores(figures: Mapping[str, Any]) -> bytes | None:
     threshold = verification.get("threshold")
     if is_number(threshold):
         far = verification.get("far")
-        at = f" at a false-accept rate of {far:g}" if is_number(far) else ""
+        at = f" at FAR {far:g}" if is_number(far) else ""
         axes.axvline(threshold, color=_INK, lw=1.2, label=f"Threshold {threshold:.3f}{at}")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside upper left", ncols=3)
     return _png(figure)
 
 
