@@ -193,8 +193,12 @@ def _occurrences(wanted: IntArray, among: IntArray) -> IntArray:
 
 def labels_of_sides(query: Embeddings, gallery: Embeddings, same_camera: str) -> MatchLabels:
     """The labels of both sides, as many as there are features."""
-    for name, side in (("query", query), ("gallery", gallery)):
-        count = side.features.shape[0] if side.features.ndim else 0
-        if count != len(side.pids):
-            raise DataError(f"{name}: there are {count} features, but {len(side.pids)} pids")
-    return MatchLabels.of(query.pids, query.camids, gallery.pids, gallery.camids, same_camera)
+    labels = MatchLabels.of(query.pids, query.camids, gallery.pids, gallery.camids, same_camera)
+    for name, features, pids in (
+        ("query", query.features, labels.query_pids),
+        ("gallery", gallery.features, labels.gallery_pids),
+    ):
+        count = features.shape[0] if features.ndim else 0
+        if count != len(pids):
+            raise DataError(f"{name}: there are {count} features, but {len(pids)} pids")
+    return labels
