@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	lines = [json.loads(line) for line in open('$(RUN)/metrics.jsonl')]; \
 	values = [line['val/mAP'] for line in lines if 'val/mAP' in line]; \
 	print(f'mAP {values[0]:.1%} untrained, {max(values):.1%} trained')"
-	@echo "figures: $(RUN)/metrics.json   ranked galleries: $(RUN)/report/ranked.png"
+	@echo "figures: $(RUN)/metrics.json   to look at: $(RUN)/report/index.html"
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto

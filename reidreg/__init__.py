@@ -44,6 +44,8 @@ _HOMES = {
     "check_matchable": "matching",
     "clipping_note": "reranking",
     "evaluate": "evaluation",
+    "evaluate_checkpoint": "evaluation",
+    "evaluate_features": "evaluation",
     "expand_queries": "expansion",
     "extract": "evaluation",
     "fit": "training",
@@ -59,6 +61,7 @@ _HOMES = {
     "single_shot_positions_of_rows": "singleshot",
     "synthesize": "synthesis",
     "verification_figures": "verification",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -94,6 +97,8 @@ __all__ = [
     "check_matchable",
     "clipping_note",
     "evaluate",
+    "evaluate_checkpoint",
+    "evaluate_features",
     "expand_queries",
     "extract",
     "fit",
@@ -109,6 +114,7 @@ __all__ = [
     "single_shot_positions_of_rows",
     "synthesize",
     "verification_figures",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -117,7 +123,7 @@ if TYPE_CHECKING:
     from reidreg.checkpoint import Checkpoint, load_checkpoint
     from reidreg.config import Config
     from reidreg.errors import DataError, ReidregError
-    from reidreg.evaluation import evaluate, extract
+    from reidreg.evaluation import evaluate, evaluate_checkpoint, evaluate_features, extract
     from reidreg.expansion import expand_queries
     from reidreg.extractor import FeatureExtractor
     from reidreg.index import GalleryIndex
@@ -143,6 +149,7 @@ if TYPE_CHECKING:
     from reidreg.plugins import load_plugins
     from reidreg.ranking import MatchPositions, match_positions, match_positions_of_rows
     from reidreg.registry import Registry
+    from reidreg.report import write_report
     from reidreg.reranking import clipping_note, rerank_rows
     from reidreg.singleshot import single_shot_positions, single_shot_positions_of_rows
     from reidreg.synthesis import synthesize
