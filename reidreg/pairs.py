@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reidreg.distances import Distances, FloatArray, IntArray, check_at_least, full_float32, spans
-from reidreg.matching import JUNK, MatchLabels, labels_of_sides
+from reidreg.matching import JUNK, MatchLabels, labels_of_sides, same_pid
 from reidreg.ranking import Progress
 from reidreg.values import Embeddings
 
@@ -144,7 +144,7 @@ def _tiles(budget_mib: float, dim: int) -> tuple[int, int]:
     """How many queries and gallery items to compare at a time."""
     check_at_least("budget_mib", budget_mib, 1)
     budget = int(budget_mib * 2**20)
-    # A vector is held as it came and in float32; beside a tile's value there are masks.
+    # A vector is held as it came and in float32.
     columns = max(1, min(budget // 4 // (dim * 12), 2**14))
     return max(1, min(budget // 8 // (dim * 12), budget // 4 // (columns * 8))), columns
 
@@ -162,19 +162,11 @@ class _Count:
     """
 
     def __init__(self, distances: Distances, labels: MatchLabels) -> None:
-        device = distances.device
-        self.distances, self.kept, self.drop = distances, labels.kept, labels.drop
+        self.distances, self.labels, self.kept = distances, labels, labels.kept
         self.queries = np.flatnonzero(labels.query_pids != JUNK)
-        sides = [
-            (labels.query_pids[self.queries], labels.query_places[self.queries]),
-            (labels.gallery_pids[self.kept], labels.gallery_places[self.kept]),
-        ]
-        (self.query_pids, self.query_places), (self.item_pids, self.item_places) = (
-            tuple(torch.from_numpy(ids).to(device) for ids in side) for side in sides
-        )
-        self.genuine = torch.zeros(CELLS + 1, dtype=torch.int64, device=device)
+        self.genuine = torch.zeros(CELLS + 1, dtype=torch.int64, device=distances.device)
         self.impostor = torch.zeros_like(self.genuine)
-        self.nearest_mate = torch.full((len(self.queries),), torch.inf, device=device)
+        self.nearest_mate = torch.full((len(self.queries),), torch.inf, device=distances.device)
         self.nearest_impostor = self.nearest_mate.clone()
 
     def items(self, piece: slice) -> tuple[Tensor, Tensor]:
@@ -184,25 +176,27 @@ class _Count:
 
     def add(self, block: slice, piece: slice, items: tuple[Tensor, Tensor]) -> None:
         """Count a tile: some of the compared queries against some of the kept items."""
-        vectors, squares = self._vectors(
-            self.distances.query.fast(self.queries[block], self.distances.scale)
-        )
+        side, queries = self.distances.query, self.queries[block]
+        vectors, squares = self._vectors(side.fast(queries, self.distances.scale))
         sums = squares[:, None] + items[1]
         tile = sums.addmm_(vectors, items[0].T, alpha=-2)
-        own = self.query_pids[block, None] == self.item_pids[piece]
-        self._add_genuine(tile, own, block, piece)
-        tile.masked_fill_(own, torch.inf)
+        self._take_own(tile, block, self.kept[piece])
         nearest = self.nearest_impostor[block]
         torch.minimum(nearest, tile.amin(dim=1), out=nearest)
         _add_to(self.impostor, _cells(tile.flatten()))
 
-    def _add_genuine(self, tile: Tensor, own: Tensor, block: slice, piece: slice) -> None:
-        row, column = own.nonzero(as_tuple=True)
-        if self.drop:
-            other = self.query_places[block][row] != self.item_places[piece][column]
-            row, column = row[other], column[other]
-        values = tile[row, column]
-        self.nearest_mate[block].scatter_reduce_(0, row, values, "amin")
+    def _take_own(self, tile: Tensor, block: slice, items: IntArray) -> None:
+        """Count the genuine pairs of a tile, and leave infinity where the pids are the same."""
+        labels, queries = self.labels, self.queries[block]
+        row, column = same_pid(labels.query_pids[queries], labels.gallery_pids[items])
+        other = labels.query_places[queries[row]] != labels.gallery_places[items[column]]
+        index = [torch.from_numpy(place).to(tile.device) for place in (row, column)]
+        values = tile[index[0], index[1]]
+        tile[index[0], index[1]] = torch.inf
+        if labels.drop:
+            mates = torch.from_numpy(other).to(tile.device)
+            index[0], values = index[0][mates], values[mates]
+        self.nearest_mate[block].scatter_reduce_(0, index[0], values, "amin")
         _add_to(self.genuine, _cells(values))
 
     def _vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
