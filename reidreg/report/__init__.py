@@ -64,7 +64,7 @@ def write_report(
         raise DataError(f"cannot write {folder} ({reason}); give another --output") from error
     if thumbnails.missing:
         logger.warning(
-            "report: %d of its images cannot be read, the first is %s",
+            "report: %d of its images cannot be read, the first is %r",
             len(thumbnails.missing),
             thumbnails.missing[0],
         )
