@@ -19,9 +19,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,9 @@ from reidreg.errors import ConfigError, DataError, did_you_mean
 Features: TypeAlias = Tensor | NDArray[Any]
 IntArray: TypeAlias = NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float64]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 METRICS = ("cosine", "euclidean")
 
@@ -124,7 +128,9 @@ class Side:
         self.device = device
         self.unit = metric == "cosine"
         pieces = spans(len(self.features), max(1, _CACHED // self.features.shape[1]))
-        self.norms = torch.cat([_norms(self.raw(piece)) for piece in pieces])
+        squares = np.concatenate(in_threads(self._squared_norms, pieces))
+        # numpy's root is correctly rounded, torch's is not always, nor the same in every place.
+        self.norms = torch.from_numpy(np.sqrt(squares)).to(device)
         self._check(name, paths)
         mantissas = torch.frexp(self.norms).mantissa
         one = torch.ones_like(self.norms)
@@ -188,6 +194,21 @@ class Side:
     def where(self, index: slice | IntArray) -> slice | Tensor:
         """An index for `norms` and the like."""
         return index if isinstance(index, slice) else torch.from_numpy(index).to(self.device)
+
+    def _squared_norms(self, piece: slice) -> FloatArray:
+        """Sums of squares that depend on nothing but the vector: they are added up by halving.
+
+        Element-wise additions have a fixed order, which a reduction over a dimension has not.
+        """
+        raw = self.raw(piece)
+        values: Any = raw if raw.is_cuda else raw.numpy()  # whose small steps cost less
+        values *= values
+        width = values.shape[1]
+        while width > 1:
+            half = width // 2
+            values[:, :half] += values[:, width - half : width]
+            width -= half
+        return np.asarray(raw[:, 0].cpu().numpy().copy())
 
     def _check(self, name: str, paths: Sequence[str]) -> None:
         bad = ~torch.isfinite(self.norms)
@@ -405,6 +426,15 @@ class Distances:
         return torch.from_numpy(index).to(self.device)
 
 
+def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """What a function gives for each item; numpy lets as many of them run as torch has threads."""
+    threads = min(torch.get_num_threads(), len(items))
+    if threads < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, items))
+
+
 def spans(count: int, size: int) -> list[slice]:
     """The slices that cut `count` rows into pieces of `size`."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
@@ -422,19 +452,6 @@ def _matrix(name: str, features: Features) -> Tensor:
     if features.is_complex() or features.dtype == torch.bool:
         raise DataError(f"{name} features: real numbers are needed, not {features.dtype}")
     return features.detach()
-
-
-def _norms(vectors: Tensor) -> Tensor:
-    """Norms that depend on nothing but the vector: the squares are added up by halving, in place.
-
-    Element-wise additions have a fixed order, which a reduction over a dimension has not.
-    """
-    squares, width = vectors.square_(), vectors.shape[1]
-    while width > 1:
-        half = width // 2
-        squares[:, :half] += squares[:, width - half : width]
-        width -= half
-    return squares[:, 0].sqrt()
 
 
 def _round_to(values: Tensor, unit: Tensor) -> Tensor:

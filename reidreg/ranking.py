@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,6 +28,7 @@ from reidreg.distances import (
     IntArray,
     Plan,
     full_float32,
+    in_threads,
     ragged,
     spans,
 )
@@ -121,12 +121,7 @@ class _Fences:
         height = max(1, min(strip // max(1, len(columns)), 2**12))
         pieces = spans(len(queries), height)
         work = [(scores[piece], queries[piece]) for piece in pieces]
-        if scores.is_cuda or len(work) == 1 or torch.get_num_threads() == 1:
-            found = [self._count(*one) for one in work]
-        else:
-            # Each of these is one thread's work, and numpy lets others run meanwhile.
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                found = list(pool.map(lambda one: self._count(*one), work))
+        found = in_threads(lambda one: self._count(*one), work)
         zones, places = (np.concatenate(parts) for parts in zip(*found, strict=True))
         owner = np.searchsorted(self.zones, zones, side="right") - 1
         return _Unsettled(owner, columns[places], zones)
