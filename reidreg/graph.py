@@ -80,11 +80,13 @@ class _Extremes:
 
     def see(self, tile: FloatTile, rows: slice, columns: slice) -> None:
         """Look at the scores of some images with others from the side of the rows."""
-        row, column = _where(tile > self.least[rows, None])
-        if len(row) > tile.size // 8 and tile.shape[1] > self.fetch:
+        above = tile > self.least[rows, None]
+        if np.count_nonzero(above) > tile.size // 8 and tile.shape[1] > self.fetch:
             # The first tile of these rows: all of it is more than there was.
             column = np.argpartition(tile, -self.fetch, axis=1)[:, -self.fetch :].reshape(-1)
             row = np.repeat(np.arange(len(tile)), self.fetch)
+        else:
+            row, column = _where(above)
         self._add(row + rows.start, column + columns.start, tile[row, column])
         column = tile.argmin(axis=1)
         self._lower(np.arange(rows.start, rows.stop), column + columns.start, tile.min(axis=1))
