@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reidreg import graph, reranking
 from reidreg.errors import ConfigError, DataError
 from reidreg.metrics import retrieval_figures
 from reidreg.ranking import match_positions, match_positions_of_rows
@@ -76,6 +79,63 @@ def test_distances_equal_the_dense_definition(metric, k1, k2, lam):
     expected = dense(query, gallery, **options)
     assert sparse(query, gallery, **options) == pytest.approx(expected, abs=1e-5)
     assert sparse(query, gallery, chunk=7, **options) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("limit", ["_BLOCK", "_PIECE", "_CELLS", "_PAIRS"])
+def test_the_pieces_that_the_work_is_cut_into_change_nothing(limit, metric, monkeypatch):
+    (query, gallery), _ = clustered(30, 170)
+    whole = sparse(query, gallery, metric=metric)
+    monkeypatch.setattr(reranking, limit, {"_CELLS": 1000, "_PAIRS": 2000}.get(limit, 7))
+    assert sparse(query, gallery, metric=metric) == pytest.approx(whole, abs=1e-7)
+
+
+def test_equal_gallery_images_are_equally_far_wherever_they_stand(monkeypatch):
+    monkeypatch.setattr(reranking, "_PIECE", 50)
+    (query, gallery), _ = clustered(30, 170)
+    gallery[[60, 169]] = gallery[3]
+    found = sparse(query, gallery)
+    assert found[:, [60, 169]].tolist() == found[:, [3, 3]].tolist()
+
+
+def test_memory_is_far_below_that_of_a_matrix_of_all_pairs(monkeypatch):
+    monkeypatch.setattr(graph, "_TILE", 256)
+    (query, gallery), _ = clustered(200, 4800, identities=400)
+    tracemalloc.start()
+    for _ in rerank_rows(query, gallery, k1=6, k2=2, chunk=16):
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5000 * 5000 * 4 / 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_number_types_are_computed_in_float32(dtype):
+    narrow = [torch.from_numpy(side).to(dtype) for side in clustered(10, 60)[0]]
+    found, wide = (
+        torch.cat([rows for _, rows in rerank_rows(*sides)])
+        for sides in (narrow, [side.float() for side in narrow])
+    )
+    assert torch.equal(found, wide)
+
+
+@pytest.mark.gpu
+def test_features_on_a_gpu_give_the_same_rows():
+    sides = [torch.from_numpy(side) for side in clustered(10, 60)[0]]
+    for metric in ("cosine", "euclidean"):
+        here, there = (
+            torch.cat([rows for _, rows in rerank_rows(*on, metric=metric)])
+            for on in (sides, [side.cuda() for side in sides])
+        )
+        assert there.numpy() == pytest.approx(here.numpy(), abs=1e-6)
+
+
+def test_the_search_is_done_when_the_rows_are_asked_for():
+    (query, gallery), _ = clustered(10, 60)
+    seen = []
+    rows = rerank_rows(query, gallery, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 1)]
+    assert next(rows)[0] == 0
 
 
 def test_some_members_lie_outside_of_the_neighbour_list():
