@@ -183,6 +183,8 @@ class Evaluator(ABC):
         Returns:
             A JSON-able mapping; figures are fractions 0..1. Figures after post-processing stand
             in a block of the same keys: `{"mAP": ..., "reranked": {"mAP": ...}}`.
+            The keys `skipped`, `intervals`, `cameras` and `verification` have the form that the
+            evaluator `retrieval` gives them.
 
         Raises:
             DataError: The features are not finite, or no query can be matched.
