@@ -36,7 +36,7 @@ _REDUCED = 256  # numbers that are left for product codes
 _LINKS = 32  # neighbours of an item in the graph, twice as many at its bottom
 
 # Fewer items do not train an index; they are few enough to compare with each.
-FEWEST = {"flat": 1, "ivf": _TRAINED_ON * 16, "hnsw": 1, "pq": _TRAINED_ON * _CODE_VALUES}
+FEWEST = {"flat": 1, "ivf": _TRAINED_ON * 16, "hnsw": 2, "pq": _TRAINED_ON * _CODE_VALUES}
 
 Settings = dict[str, int]
 Report = Callable[[int, int], None]

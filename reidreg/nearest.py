@@ -121,7 +121,8 @@ class Space:
     def scores(self, distances: FloatArray) -> Float32Array:
         """Distances as they are shown: cosine similarities, or squared Euclidean distances."""
         shown = 1 - distances if self.metric == "cosine" else distances
-        return shown.astype(np.float32)
+        with np.errstate(over="ignore"):  # infinite then
+            return shown.astype(np.float32)
 
 
 def checked_side(name: str, features: Features, metric: str, paths: Sequence[str] = ()) -> Side:
