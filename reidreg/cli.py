@@ -281,7 +281,8 @@ def _write_report(result: Evaluation, output: Path) -> None:
     from reidreg.report import write_report
 
     page = write_report(result, output / "report")
-    logger.info("report, with images of people in it: %s", page)
+    shown = result.query.paths and result.gallery.paths
+    logger.info("report%s: %s", ", with images of people in it" if shown else "", page)
 
 
 _EXTRACT = """Write features as .npz: features (N, D), pids, camids (N,) int64, paths.
