@@ -144,9 +144,10 @@ def _tiles(budget_mib: float, dim: int) -> tuple[int, int]:
     """How many queries and gallery items to compare at a time."""
     check_at_least("budget_mib", budget_mib, 1)
     budget = int(budget_mib * 2**20)
-    # A vector is held as it came and in float32.
+    # A vector is held as it came and in float32; beside a distance there may be its place, which
+    # is kept for pairs of one pid.
     columns = max(1, min(budget // 4 // (dim * 12), 2**14))
-    return max(1, min(budget // 8 // (dim * 12), budget // 4 // (columns * 8))), columns
+    return max(1, min(budget // 8 // (dim * 12), budget // 4 // (columns * 16))), columns
 
 
 def _nearest(distances: Tensor) -> IntArray:
@@ -190,13 +191,13 @@ class _Count:
         labels, queries = self.labels, self.queries[block]
         row, column = same_pid(labels.query_pids[queries], labels.gallery_pids[items])
         other = labels.query_places[queries[row]] != labels.gallery_places[items[column]]
-        index = [torch.from_numpy(place).to(tile.device) for place in (row, column)]
-        values = tile[index[0], index[1]]
-        tile[index[0], index[1]] = torch.inf
-        if labels.drop:
-            mates = torch.from_numpy(other).to(tile.device)
-            index[0], values = index[0][mates], values[mates]
-        self.nearest_mate[block].scatter_reduce_(0, index[0], values, "amin")
+        rows, columns, mates = (
+            torch.from_numpy(values).to(tile.device)
+            for values in (row, column, other | (not labels.drop))
+        )
+        values = tile[rows, columns][mates]
+        tile[rows, columns] = torch.inf
+        self.nearest_mate[block].scatter_reduce_(0, rows[mates], values, "amin")
         _add_to(self.genuine, _cells(values))
 
     def _vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
