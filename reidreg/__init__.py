@@ -51,12 +51,14 @@ _HOMES = {
     "fit": "training",
     "load_checkpoint": "checkpoint",
     "load_config": "parsing",
+    "load_features": "features",
     "load_plugins": "plugins",
     "match_positions": "ranking",
     "match_positions_of_rows": "ranking",
     "ranked_lists": "neighbours",
     "rerank_rows": "reranking",
     "retrieval_figures": "metrics",
+    "save_features": "features",
     "single_shot_positions": "singleshot",
     "single_shot_positions_of_rows": "singleshot",
     "synthesize": "synthesis",
@@ -104,12 +106,14 @@ __all__ = [
     "fit",
     "load_checkpoint",
     "load_config",
+    "load_features",
     "load_plugins",
     "match_positions",
     "match_positions_of_rows",
     "ranked_lists",
     "rerank_rows",
     "retrieval_figures",
+    "save_features",
     "single_shot_positions",
     "single_shot_positions_of_rows",
     "synthesize",
@@ -126,6 +130,7 @@ if TYPE_CHECKING:
     from reidreg.evaluation import evaluate, evaluate_checkpoint, evaluate_features, extract
     from reidreg.expansion import expand_queries
     from reidreg.extractor import FeatureExtractor
+    from reidreg.features import load_features, save_features
     from reidreg.index import GalleryIndex
     from reidreg.interfaces import (
         BACKBONES,

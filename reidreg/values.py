@@ -63,7 +63,7 @@ class Embeddings:
     """The features of a split, with whose and where they are.
 
     Args:
-        features: (N, D) float32.
+        features: (N, D) float32; from a file of features perhaps float16 or bfloat16.
         pids: (N,) int64.
         camids: (N,) int64.
         paths: N file names, or an empty tuple where they are not known.

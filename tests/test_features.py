@@ -34,7 +34,9 @@ from reidreg import (
     evaluate,
     load_checkpoint,
     load_config,
+    load_features,
     match_positions,
+    save_features,
 )
 from reidreg.cache import FeatureCache, describe_embedder, prune
 from reidreg.checkpoint import save_checkpoint
@@ -48,8 +50,8 @@ from reidreg.evaluation import (
     evaluate_features,
     open_checkpoint,
     restore_embedder,
+    write_metrics,
 )
-from reidreg.features import load_features, save_features
 from reidreg.files import replacing
 from reidreg.interfaces import EVALUATORS
 from reidreg.run import build_run, capture
@@ -354,6 +356,12 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot write"):
         save_features(some_embeddings(), tmp_path / "f.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.npz", "file"]
+
+
+def test_figures_that_cannot_be_written_are_said_too(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write .*give another --output"):
+        write_metrics({"mAP": 1.0}, tmp_path / "file/metrics.json")
 
 
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
