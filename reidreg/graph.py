@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reidreg.distances import Distances, FloatArray, IntArray, spans
-from reidreg.neighbours import ExactLists, float32_vectors, longest, sum_error
+from reidreg.neighbours import ExactLists, float32_vectors, sum_error
 
 _SPARE = 16  # further neighbours that are kept, so that rounding cannot hide one
 _TILE = 2048  # rows and columns of a tile
@@ -143,7 +143,7 @@ def _pass_by(
     vectors = float32_vectors(distances, distances.query, np.arange(len(distances.query)))
     halves = None
     if not distances.query.unit:
-        squares = distances.query.squares.cpu().numpy() / longest(distances) ** 2
+        squares = distances.query.squares.cpu().numpy() / distances.scale**2
         halves = (squares / 2).astype(np.float32)
     blocks = spans(len(vectors), _TILE)
     # A tile of an image's own block comes first: sets are often ordered by pid, so that few pairs
@@ -172,7 +172,7 @@ def _take(lists: ExactLists, near: _Extremes, queries: IntArray) -> NDArray[np.b
     error = sum_error(distances.dim)
     # An item beyond this cannot be among the first k.
     wanted = int((scores >= scores[:, lists.k - 1 : lists.k] - 2 * error).sum(axis=1).max())
-    scale = 2 * distances.weight * longest(distances) ** 2
+    scale = 2 * distances.weight * distances.scale**2
     least = scale * ((1.0 if distances.query.unit else 0.0) - scores[:, -1] - error)
     if near.fetch == len(distances.query):
         least[:] = np.inf

@@ -79,7 +79,7 @@ def ranked_lists(
     lists = ExactLists(distances, k, _left_out(labels), budget_mib, progress)
     everyone = np.arange(len(labels.query_pids))
     lists.complete(everyone, labels.kept, k + labels.hidden() + _SPARE)
-    return torch.from_numpy(lists.items), torch.from_numpy(_as_float32(lists))
+    return torch.from_numpy(lists.items), torch.from_numpy(lists.rounded())
 
 
 class ExactLists:
@@ -162,6 +162,19 @@ class ExactLists:
             self._fill(queries[span], np.tile(np.arange(rows.shape[1]), (len(rows), 1)), rows)
             self._advance(len(rows))
 
+    def rounded(self) -> NDArray[np.float32]:
+        """The lists' distances (Q, k) in float32.
+
+        Where they are small it tells apart more than `slack` does, so that these are made exact.
+        """
+        values = self.values.copy()
+        row, place = np.nonzero(values <= self.distances.slack * 2.0**26)
+        values[row, place] = self._exact(row, self.items[row, place])
+        return values.astype(np.float32)
+
+    def _exact(self, queries: IntArray, items: IntArray) -> FloatArray:
+        return self.distances.exact_pairs(queries, items, self._width).cpu().numpy()
+
     def _advance(self, count: int) -> None:
         self._done += count
         if self._progress:
@@ -181,9 +194,10 @@ class ExactLists:
         squares, items = faiss.knn(wanted, base, fetch, metric=faiss.METRIC_L2)
         # It is |x|^2 + |y|^2 - 2xy, so the error of a sum counts four times.
         least = squares[:, -1].astype(np.float64) - 4 * sum_error(distances.dim)
-        return items, least * longest(distances) ** 2
+        return items, least * distances.scale**2
 
     def _fill(self, queries: IntArray, items: IntArray, values: FloatArray) -> None:
+        """Make lists of candidates (n, m) at distances within `slack`, which are overwritten."""
         if self.left_out is not None:
             values[self.left_out(queries, items)] = np.inf
         items, values = _ordered(items, values)
@@ -206,8 +220,7 @@ class ExactLists:
         near = np.maximum.accumulate(begins, axis=1) < self.k
         joined[:, :-1] |= joined[:, 1:]
         row, place = np.nonzero(joined & near)
-        pairs = queries[row], items[row, place]
-        values[row, place] = self.distances.exact_pairs(*pairs, self._width).cpu().numpy()
+        values[row, place] = self._exact(queries[row], items[row, place])
         touched = np.zeros(len(values), dtype=np.bool_)
         touched[row] = True
         return touched
@@ -261,17 +274,11 @@ class _Vectors:
 
 
 def float32_vectors(distances: Distances, side: Side, index: IntArray) -> NDArray[np.float32]:
-    """Vectors (n, D) of one side, divided by the longest norm, so that no square overflows."""
+    """Vectors (n, D) of one side, at most 1 long, as a search compares them."""
     out = np.empty((len(index), distances.dim), dtype=np.float32)
-    scale = longest(distances)
     for span in spans(len(index), 1024):
-        out[span] = side.rows(index[span]).vectors.div_(scale).cpu().numpy()
+        out[span] = side.fast(index[span], distances.scale).cpu().numpy()
     return out
-
-
-def longest(distances: Distances) -> float:
-    """The largest norm of a vector as it is compared, 1 if all are zero."""
-    return max(distances.query.longest, distances.gallery.longest) or 1.0
 
 
 def sum_error(dim: int) -> float:
@@ -279,8 +286,8 @@ def sum_error(dim: int) -> float:
 
     In whatever order the products are added up, n operations are off by at most n u / (1 - n u) of
     the sum of their absolute values, which the norms bound (Higham, Accuracy and Stability of
-    Numerical Algorithms, 2002, section 3.1). Some more are for the rounding of the vectors, and of
-    sums with their squares.
+    Numerical Algorithms, 2002, section 3.1). Of 16 more, 6 are for the rounding of the vectors, and
+    5 for that of sums with their squares.
     """
     steps = dim + 16
     return steps * _UNIT / (1 - steps * _UNIT)
@@ -300,12 +307,3 @@ def _left_out(labels: MatchLabels) -> LeftOut:
         return np.asarray(out)
 
     return left_out
-
-
-def _as_float32(lists: ExactLists) -> NDArray[np.float32]:
-    """The lists' distances; float32 tells apart more than `slack` does where they are small."""
-    values, distances = lists.values.copy(), lists.distances
-    row, place = np.nonzero(values <= distances.slack * 2.0**26)
-    pairs = row, lists.items[row, place]
-    values[row, place] = distances.exact_pairs(*pairs, lists._width).cpu().numpy()
-    return values.astype(np.float32)
