@@ -42,6 +42,7 @@ from reidreg.neighbours import Pairwise
 _BLOCK = 512  # images whose codes are made together
 _PIECE = 1024  # gallery vectors that are held in float64
 _CELLS = 2**23  # distances that are held together
+_SHIFT = 1.5 * 2.0**12  # float64 has no steps finer than 2**-40 there
 _PAIRS = 2**21  # pairs (entry, gallery image) that are looked at together
 
 
@@ -250,6 +251,9 @@ def _rows(
         where = np.flatnonzero(shared)
         some = shared[where]
         rows.reshape(-1)[where] -= (1 - lam) * (some / (2 - some))
+        # Near 0 float32 shows what a sum's order left over: round to multiples of 2**-40 before.
+        rows += _SHIFT
+        rows -= _SHIFT
         yield span.start, torch.from_numpy(rows.astype(np.float32))
 
 
@@ -268,7 +272,7 @@ def _chunks(codes: _Sparse, index: _Sparse, num_query: int, most: int) -> Iterat
 def _original(direct: Distances, span: slice, factors: FloatArray) -> FloatArray:
     """(q, G) Distances of some queries, times a factor each.
 
-    The product is in float64, which float32 then rounds: equal images keep equal distances.
+    The product is in float64, and rounded later: equal images keep equal distances.
     """
     query, gallery = direct.query, direct.gallery
     rows = np.empty((span.stop - span.start, len(gallery)))

@@ -94,8 +94,11 @@ def test_equal_gallery_images_are_equally_far_wherever_they_stand(monkeypatch):
     monkeypatch.setattr(reranking, "_PIECE", 50)
     (query, gallery), _ = clustered(30, 170)
     gallery[[60, 169]] = gallery[3]
-    found = sparse(query, gallery)
-    assert found[:, [60, 169]].tolist() == found[:, [3, 3]].tolist()
+    query[:10] = gallery[3] * np.arange(1, 11)[:, None]
+    for lam in (0.3, 1.0):
+        found = sparse(query, gallery, lam=lam)
+        assert found[:, [60, 169]].tolist() == found[:, [3, 3]].tolist()
+        assert found[:10, [3, 60, 169]].min() >= 0
 
 
 def test_memory_is_far_below_that_of_a_matrix_of_all_pairs(monkeypatch):
