@@ -154,15 +154,21 @@ def ladder(index: Any) -> list[Settings]:
     import faiss
 
     if _is_graph(index):
-        return [{"efSearch": 2**power} for power in range(4, 14)]
+        return [{"efSearch": width} for width in _steps(16, 8192)]
     cells = faiss.extract_index_ivf(index).nlist
-    probes = [2**power for power in range(cells.bit_length()) if 2**power < cells] + [cells]
     if not isinstance(index, faiss.IndexPreTransform):
-        return [{"nprobe": nprobe} for nprobe in probes]
+        return [{"nprobe": nprobe} for nprobe in _steps(1, cells)]
     # Codes are coarse: the more cells are searched, the more candidates are looked at exactly.
     return [
-        {"nprobe": nprobe, "refine": min(128, 4 << step // 2)} for step, nprobe in enumerate(probes)
+        {"nprobe": nprobe, "refine": min(128, 4 * math.isqrt(nprobe))}
+        for nprobe in _steps(1, cells)
     ]
+
+
+def _steps(first: int, last: int) -> list[int]:
+    """Whole numbers from the first to the last, each about sqrt(2) times the one before."""
+    count = math.ceil(2 * math.log2(last / first))
+    return sorted({round(first * 2 ** (step / 2)) for step in range(count)} | {last})
 
 
 def candidates(

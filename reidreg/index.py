@@ -46,6 +46,9 @@ _BUSY = "wait until it is done"
 class Recall:
     """How much of what exact search finds an approximate one does.
 
+    It is measured with items of the index, and without leaving out a camera: an image that is not
+    in the index finds a little less, and so does a search that leaves out many of the nearest.
+
     Args:
         wanted: The recall that the settings were chosen for.
         reached: The share of the exact `k` nearest that is found, or that is as near.
@@ -169,7 +172,7 @@ class GalleryIndex:
         are indexed, junk (pid -1) too: `without_junk` leaves it out.
 
         Args:
-            gallery: N embeddings.
+            gallery: N embeddings; features in float32 are shared, not copied.
             index_type: `flat`, `ivf`, `hnsw`, `pq`, or `auto`, as `approximate.choose_type` says.
             metric: `cosine` or `euclidean` (squared).
             recall: The share of the 10 nearest that is to be found, 0..1; decides how thoroughly
