@@ -17,7 +17,7 @@ from reidreg.config import Config, plain
 from reidreg.data import Labels, TrainLoader, count_workers, labels_of, training_samples
 from reidreg.devices import choose_device
 from reidreg.embedding import Embedder, make_embedder
-from reidreg.errors import CheckpointError, DataError
+from reidreg.errors import CheckpointError, DataError, ReidregError
 from reidreg.evaluation import load_weights
 from reidreg.interfaces import DATASETS, EVALUATORS, SAMPLERS, Dataset, Evaluator, Sampler
 from reidreg.logs import logger
@@ -25,6 +25,7 @@ from reidreg.meter import Meter
 from reidreg.model import Model, build_model
 from reidreg.objective import Objective, build_objective
 from reidreg.optimizers import make_optimizer, make_schedule
+from reidreg.parsing import load_config
 from reidreg.schedules import Schedule
 from reidreg.transforms import train_transform
 
@@ -229,7 +230,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
             f"has {len(run.embedder.labels.pids)}, or others: start a new run from its weights "
             "with --init_from"
         )
-    for line in differences(checkpoint.config, run.config.as_dict()):
+    for line in differences(completed(checkpoint.config), run.config.as_dict()):
         logger.info("changed on resume: %s", line)
     load_weights(run.model, checkpoint.model)
     load_weights(run.objective, training["objective"])
@@ -266,6 +267,14 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], key: str) -> 
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 # In the parameter's memory layout again: kernels walk both side by side.
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint's configuration with the options that its reidreg did not have, by default."""
+    try:
+        return load_config(config).as_dict()
+    except ReidregError:  # it has one that we do not have; each difference is shown then
+        return config
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

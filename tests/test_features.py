@@ -54,7 +54,7 @@ from reidreg.evaluation import (
 )
 from reidreg.files import replacing
 from reidreg.interfaces import EVALUATORS
-from reidreg.run import build_run, capture
+from reidreg.run import build_run, capture, completed, differences
 
 
 def some_embeddings(count: int = 6, width: int = 5, seed: int = 0) -> Embeddings:
@@ -787,6 +787,10 @@ def test_a_checkpoint_without_the_newer_options_is_read_as_before(
     old = load_checkpoint(tmp_path / "old.ckpt").resolved_config()
     assert old.input.flip_test is False
     assert config_from_dict(old.as_dict()) == old
+    # A resume shows options that changed, not those that were not there yet.
+    current = load_checkpoint(model).config
+    assert differences(completed(old.as_dict()), current) == []
+    assert differences(completed({**old.as_dict(), "gone": 1}), current)
     crops = [np.full((64, 32, 3), 90, np.uint8)]
     assert torch.equal(
         FeatureExtractor(tmp_path / "old.ckpt", "cpu")(crops),
