@@ -440,6 +440,12 @@ def spans(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def even_spans(count: int, most: int) -> list[slice]:
+    """The fewest slices of at most `most` rows, all of a size but for the last."""
+    parts = max(1, -(-count // most))
+    return spans(count, max(1, -(-count // parts)))
+
+
 def _matrix(name: str, features: Features) -> Tensor:
     """The features as a 2-D tensor without gradient, copied only where torch cannot share them."""
     if not isinstance(features, Tensor):

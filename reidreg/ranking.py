@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -27,6 +28,7 @@ from reidreg.distances import (
     FloatArray,
     IntArray,
     Plan,
+    even_spans,
     full_float32,
     in_threads,
     ragged,
@@ -269,7 +271,8 @@ def match_positions(
     # Side by side, queries of one pid share the matches whose distances are wanted.
     order = np.argsort(labels.query_pids[queries], kind="stable")
     queries, items = queries[order], items[order]
-    values = distances.near_pairs(queries, items, plan.exact, _GROUP)
+    some = [slice(*ends) for ends in pairwise(_cuts(labels.query_pids[queries], queries))]
+    values = torch.cat([distances.near_pairs(queries[s], items[s], plan.exact) for s in some])
     scores = distances.score_of(queries, values).cpu().numpy()
     fences = _Fences(
         queries, items, values.cpu().numpy(), scores, distances.score_slack, len(labels.query_pids)
@@ -277,6 +280,18 @@ def match_positions(
     with full_float32():
         _pass_by(distances, labels, fences, plan, progress)
     return MatchPositions(fences.positions(), fences.first, len(labels.gallery_pids))
+
+
+def _cuts(pids: IntArray, queries: IntArray) -> list[int]:
+    """Where to cut matches, ordered by pid and query, so that no pid is cut that need not be.
+
+    The vectors of a pid's gallery items are then fetched once. Each part has the fewest whole pids
+    that make `_GROUP` queries.
+    """
+    begins = np.flatnonzero(np.diff(pids, prepend=pids[0] - 1))
+    number = np.cumsum(np.diff(queries, prepend=queries[0] - 1) != 0)[begins]
+    parts = (number - 1) // _GROUP
+    return [*begins[np.flatnonzero(np.diff(parts, prepend=-1))].tolist(), len(pids)]
 
 
 def _pass_by(
@@ -287,9 +302,9 @@ def _pass_by(
     progress: Progress | None,
 ) -> None:
     """Let the gallery pass by the queries, tile by tile."""
-    pieces = spans(len(labels.kept), plan.gallery)
+    pieces = even_spans(len(labels.kept), plan.gallery)
     valid = np.flatnonzero(fences.sizes)
-    blocks = spans(len(valid), plan.queries)
+    blocks = even_spans(len(valid), plan.queries)
     memory = torch.empty(plan.queries * plan.gallery, dtype=torch.float32, device=distances.device)
     for done, piece in enumerate(pieces):
         columns = labels.kept[piece]
