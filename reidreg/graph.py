@@ -19,7 +19,7 @@ from reidreg.neighbours import ExactLists, float32_vectors, sum_error
 
 _SPARE = 16  # further neighbours that are kept, so that rounding cannot hide one
 _TILE = 2048  # rows and columns of a tile
-_BLOCK = 256  # lists that are put in order together
+_BLOCK = 256  # rows that are put in order together
 
 FloatTile = NDArray[np.float32]
 
@@ -83,8 +83,9 @@ class _Extremes:
         above = tile > self.least[rows, None]
         if np.count_nonzero(above) > tile.size // 8 and tile.shape[1] > self.fetch:
             # The first tile of these rows: all of it is more than there was.
-            column = np.argpartition(tile, -self.fetch, axis=1)[:, -self.fetch :].reshape(-1)
+            strips = [_largest(tile[strip], self.fetch) for strip in spans(len(tile), _BLOCK)]
             row = np.repeat(np.arange(len(tile)), self.fetch)
+            column = np.concatenate(strips).reshape(-1)
         else:
             row, column = _where(above)
         self._add(row + rows.start, column + columns.start, tile[row, column])
@@ -117,7 +118,7 @@ class _Extremes:
         all_items = np.zeros(shape, dtype=np.int64)
         all_scores[:, : self.fetch], all_items[:, : self.fetch] = self.scores[own], self.items[own]
         all_scores[row, place], all_items[row, place] = scores, items
-        kept = np.argpartition(all_scores, -self.fetch, axis=1)[:, -self.fetch :]
+        kept = _largest(all_scores, self.fetch)
         self.scores[own] = np.take_along_axis(all_scores, kept, axis=1)
         self.items[own] = np.take_along_axis(all_items, kept, axis=1)
         self.least[own] = self.scores[own].min(axis=1)
@@ -125,6 +126,11 @@ class _Extremes:
     def _lower(self, owners: IntArray, items: IntArray, scores: FloatTile) -> None:
         lower = scores < self.low[owners]
         self.low[owners[lower]], self.last[owners[lower]] = scores[lower], items[lower]
+
+
+def _largest(scores: FloatTile, count: int) -> IntArray:
+    """(n, count) Where the largest of each row are, in no order."""
+    return np.argpartition(scores, -count, axis=1)[:, -count:]
 
 
 def _where(mask: NDArray[np.bool_]) -> tuple[IntArray, IntArray]:

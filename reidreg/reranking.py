@@ -41,9 +41,9 @@ from reidreg.neighbours import Pairwise
 
 _BLOCK = 512  # images whose codes are made together
 _PIECE = 1024  # gallery vectors that are held in float64
-_CELLS = 2**23  # distances that are held together
+_CELLS = 2**22  # distances that are held together
 _SHIFT = 1.5 * 2.0**12  # float64 has no steps finer than 2**-40 there
-_PAIRS = 2**21  # pairs (entry, gallery image) that are looked at together
+_PAIRS = 2**20  # pairs (entry, gallery image) that are looked at together
 
 
 class _Sparse(NamedTuple):
@@ -245,16 +245,28 @@ def _rows(
     num_query, num_gallery = len(direct.query), len(direct.gallery)
     index = _transpose(codes, num_query)
     for span in _chunks(codes, index, num_query, min(chunk, max(1, _CELLS // num_gallery))):
-        rows = _original(direct, span, lam / divisors[span])
-        rows += 1 - lam
-        shared = _overlaps(codes, index, span, num_gallery)
-        where = np.flatnonzero(shared)
-        some = shared[where]
-        rows.reshape(-1)[where] -= (1 - lam) * (some / (2 - some))
-        # Near 0 float32 shows what a sum's order left over: round to multiples of 2**-40 before.
-        rows += _SHIFT
-        rows -= _SHIFT
-        yield span.start, torch.from_numpy(rows.astype(np.float32))
+        yield span.start, torch.from_numpy(_final(direct, codes, index, span, divisors, lam))
+
+
+def _final(
+    direct: Distances,
+    codes: _Sparse,
+    index: _Sparse,
+    span: slice,
+    divisors: FloatArray,
+    lam: float,
+) -> NDArray[np.float32]:
+    """(q, G) The final distances of some queries."""
+    rows = _original(direct, span, lam / divisors[span])
+    rows += 1 - lam
+    shared = _overlaps(codes, index, span, len(direct.gallery))
+    where = np.flatnonzero(shared)
+    some = shared[where]
+    rows.reshape(-1)[where] -= (1 - lam) * (some / (2 - some))
+    # Near 0 float32 shows what a sum's order left over: round to multiples of 2**-40 before.
+    rows += _SHIFT
+    rows -= _SHIFT
+    return rows.astype(np.float32)
 
 
 def _chunks(codes: _Sparse, index: _Sparse, num_query: int, most: int) -> Iterator[slice]:
