@@ -126,6 +126,8 @@ class Side:
     ) -> None:
         self.features = _matrix(name, features)
         self.device = device
+        shared = self.features.device.type == "cpu" and self.features.dtype == torch.float32
+        self._array = self.features.numpy() if shared else None
         self.unit = metric == "cosine"
         pieces = spans(len(self.features), max(1, _CACHED // self.features.shape[1]))
         squares = np.concatenate(in_threads(self._squared_norms, pieces))
@@ -190,6 +192,12 @@ class Side:
     def raw(self, index: slice | IntArray) -> Tensor:
         """Some vectors (n, D) as they were given, in float64."""
         return self.picked(index).to(torch.float64)
+
+    def float64(self, index: IntArray) -> FloatArray:
+        """As `raw`, in memory of the CPU."""
+        if self._array is not None:  # numpy picks single rows faster than torch
+            return self._array[index].astype(np.float64)
+        return np.asarray(self.raw(index).cpu().numpy())
 
     def where(self, index: slice | IntArray) -> slice | Tensor:
         """An index for `norms` and the like."""
@@ -381,19 +389,38 @@ class Distances:
                 out[self._index(here + start)] = block.flatten()[index]
         return out
 
-    def pairs(self, queries: IntArray, items: IntArray) -> Tensor:
-        """Distances of single pairs, (M,) float64, within `slack`.
+    def pairs(self, queries: IntArray, items: IntArray) -> FloatArray:
+        """Distances of single pairs, (M,) float64, within `slack`, on any number of threads.
 
         Args:
-            queries: (M,) rows of the query side.
+            queries: (M,) rows of the query side, equal ones side by side.
             items: (M,) rows of the gallery side.
         """
-        out = torch.empty(len(queries), dtype=torch.float64, device=self.device)
-        for span in spans(len(queries), max(1, 2 * _CACHED // self.dim)):
-            rows, columns = queries[span], items[span]
-            products = self.query.raw(rows).mul_(self.gallery.picked(columns)).sum(dim=1)
-            out[span] = self._of_products(products, self._index(rows), self._index(columns))
-        return out
+        most = max(1, _CACHED // self.dim)
+        bounds = np.flatnonzero(np.diff(queries, prepend=-1, append=-1))
+        cuts = [*range(0, len(queries), most)]
+        runs = [slice(*ends) for ends in pairwise(np.unique([*bounds, *cuts]).tolist())]
+        products = np.empty(len(queries))
+
+        def multiply(some: slice) -> None:
+            for run in runs[some]:
+                query = self.query.float64(queries[run.start : run.start + 1])[0]
+                # einsum adds up in one order, whatever else runs.
+                products[run] = np.einsum("kd,d->k", self.gallery.float64(items[run]), query)
+
+        in_threads(multiply, spans(len(runs), 256))
+        left: FloatArray = self.query.norms.cpu().numpy()[queries]
+        right: FloatArray = self.gallery.norms.cpu().numpy()[items]
+        if self.query.unit:
+            values = 1 - products / (left * right)
+        else:
+            values = left * left + right * right - 2 * products
+        return np.maximum(values, 0)
+
+    def listed(self, queries: IntArray, items: IntArray) -> FloatArray:
+        """As `pairs`: distances (n, m) of queries (n,) to their items (n, m)."""
+        pairs = np.repeat(queries, items.shape[1]), items.reshape(-1)
+        return self.pairs(*pairs).reshape(items.shape)
 
     def _of_products(self, products: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Distances from products of the vectors as they were given; overwrites these."""
@@ -450,6 +477,10 @@ def _matrix(name: str, features: Features) -> Tensor:
     """The features as a 2-D tensor without gradient, copied only where torch cannot share them."""
     if not isinstance(features, Tensor):
         array = np.asarray(features)
+        if array.dtype.kind not in "fiu":
+            raise DataError(f"{name} features: real numbers are needed, not {array.dtype}")
+        if not array.dtype.isnative or array.dtype.itemsize > 8:  # torch knows neither
+            array = array.astype(np.float32)
         shared = array.flags.writeable and all(stride >= 0 for stride in array.strides)
         features = torch.from_numpy(array if shared else array.copy())
     if features.ndim != 2 or 0 in features.shape:

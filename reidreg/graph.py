@@ -59,7 +59,7 @@ def neighbour_graph(
     sure = [_take(lists, near, everyone[span]) for span in spans(count, _BLOCK)]
     unsure = everyone[~np.concatenate(sure)]
     lists.complete(unsure, everyone, np.full(len(unsure), 4 * near.fetch))
-    farthest = lists.pairwise.listed(everyone, near.last[:, None])[:, 0]
+    farthest = distances.listed(everyone, near.last[:, None])[:, 0]
     return Graph(lists.items, lists.values, farthest)
 
 

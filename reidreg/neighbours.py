@@ -8,7 +8,6 @@ earlier one in the gallery is nearer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -111,7 +110,6 @@ class ExactLists:
         budget = int(budget_mib * 2**20)
         self._width = max(1, budget // 4 // (distances.dim * 40))  # exact distances hold 5 copies
         self._rows = max(1, budget // 4 // (len(distances.gallery) * 64))
-        self.pairwise = Pairwise(distances)
 
     def complete(self, queries: IntArray, kept: IntArray, fetch: IntArray) -> None:
         """Fill in the lists of some queries.
@@ -150,7 +148,7 @@ class ExactLists:
             items: (n, m) their candidates.
             least: (n,) a distance that no other item is below.
         """
-        self._fill(queries, items, self.pairwise.listed(queries, items))
+        self._fill(queries, items, self.distances.listed(queries, items))
         sure = self.values[queries, -1] + self.distances.slack < least
         self._advance(int(sure.sum()))
         return np.asarray(sure)
@@ -170,7 +168,8 @@ class ExactLists:
         values = self.values.copy()
         row, place = np.nonzero(values <= self.distances.slack * 2.0**26)
         values[row, place] = self._exact(row, self.items[row, place])
-        return values.astype(np.float32)
+        with np.errstate(over="ignore"):  # beyond float32 they are infinite
+            return values.astype(np.float32)
 
     def _exact(self, queries: IntArray, items: IntArray) -> FloatArray:
         return self.distances.exact_pairs(queries, items, self._width).cpu().numpy()
@@ -224,53 +223,6 @@ class ExactLists:
         touched = np.zeros(len(values), dtype=np.bool_)
         touched[row] = True
         return touched
-
-
-class Pairwise:
-    """Distances of single pairs, in float64: as `Distances.approximate`, within `slack`.
-
-    Args:
-        distances: Between the sides that the pairs are of.
-    """
-
-    def __init__(self, distances: Distances) -> None:
-        self._left, self._right = _Vectors(distances.query), _Vectors(distances.gallery)
-        self._unit = distances.query.unit
-
-    def listed(self, queries: IntArray, items: IntArray) -> FloatArray:
-        """Distances (n, m) of queries (n,) to their items (n, m)."""
-        pairs = np.repeat(queries, items.shape[1]), items.reshape(-1)
-        return self.pairs(*pairs).reshape(items.shape)
-
-    def pairs(self, queries: IntArray, items: IntArray) -> FloatArray:
-        """Distances (M,) of queries (M,), equal ones side by side, to items (M,)."""
-        products = np.empty(len(queries))
-        bounds = np.flatnonzero(np.diff(queries, prepend=-1, append=-1)).tolist()
-        for start, stop in pairwise(bounds):
-            # The vectors of a list fit a cache, and einsum adds up in one order on any number of
-            # cores.
-            vectors = self._right.rows(items[start:stop]).astype(np.float64)
-            query = self._left.rows(queries[start : start + 1])[0].astype(np.float64)
-            products[start:stop] = np.einsum("kd,d->k", vectors, query)
-        left, right = self._left.norms[queries], self._right.norms[items]
-        if self._unit:
-            return np.maximum(1 - products / (left * right), 0)
-        return np.maximum(left * left + right * right - 2 * products, 0)
-
-
-class _Vectors:
-    """One side's vectors as they were given, and their norms, for numpy."""
-
-    def __init__(self, side: Side) -> None:
-        self._features = side.features
-        shared = side.features.device.type == "cpu" and side.features.dtype == torch.float32
-        self._array = side.features.numpy() if shared else None
-        self.norms: FloatArray = side.norms.cpu().numpy()
-
-    def rows(self, index: IntArray) -> NDArray[np.float32]:
-        if self._array is not None:
-            return self._array[index]
-        return np.asarray(self._features[torch.from_numpy(index)].to("cpu", torch.float32))
 
 
 def float32_vectors(distances: Distances, side: Side, index: IntArray) -> NDArray[np.float32]:

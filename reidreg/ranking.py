@@ -288,9 +288,10 @@ def _cuts(pids: IntArray, queries: IntArray) -> list[int]:
     The vectors of a pid's gallery items are then fetched once. Each part has the fewest whole pids
     that make `_GROUP` queries.
     """
-    begins = np.flatnonzero(np.diff(pids, prepend=pids[0] - 1))
-    number = np.cumsum(np.diff(queries, prepend=queries[0] - 1) != 0)[begins]
-    parts = (number - 1) // _GROUP
+    # Not by differences, which overflow where pids are as far apart as int64 allows.
+    begins = np.flatnonzero(np.append(True, pids[1:] != pids[:-1]))
+    number = np.cumsum(np.append(False, queries[1:] != queries[:-1]))[begins]
+    parts = number // _GROUP
     return [*begins[np.flatnonzero(np.diff(parts, prepend=-1))].tolist(), len(pids)]
 
 
@@ -327,17 +328,16 @@ def _settle(distances: Distances, fences: _Fences, unsettled: _Unsettled, plan: 
     if not len(unsettled.items):
         return
     block = len(np.unique(unsettled.queries)) * len(np.unique(unsettled.items))
-    # One by one, unless they are so many that whole blocks cost less.
-    measure = distances.pairs
-    if len(unsettled.items) > _FEW * block:
-        measure = functools.partial(distances.near_pairs, width=plan.exact)
-    values = measure(unsettled.queries, unsettled.items).cpu().numpy()
+    pairs = unsettled.queries, unsettled.items
+    if len(unsettled.items) <= _FEW * block:
+        values = distances.pairs(*pairs)
+    else:  # so many that whole blocks cost less than one after the other
+        values = distances.near_pairs(*pairs, plan.exact).cpu().numpy()
     close = np.flatnonzero(fences.nearest(unsettled, values) <= 3 * distances.slack)
     if len(close):
         exact = functools.partial(distances.exact_pairs, width=plan.exact)
         fences.refine(np.unique(unsettled.zones[close]), lambda *pairs: exact(*pairs).cpu().numpy())
-        pairs = unsettled.queries[close], unsettled.items[close]
-        values[close] = exact(*pairs).cpu().numpy()
+        values[close] = exact(*(side[close] for side in pairs)).cpu().numpy()
     fences.settle(unsettled, values)
 
 

@@ -37,7 +37,6 @@ from reidreg.distances import (
 )
 from reidreg.errors import ConfigError
 from reidreg.graph import neighbour_graph
-from reidreg.neighbours import Pairwise
 
 _BLOCK = 512  # images whose codes are made together
 _PIECE = 1024  # gallery vectors that are held in float64
@@ -158,12 +157,12 @@ def _encode(distances: Distances, neighbours: _Neighbours, k1: int) -> _Sparse:
     near = neighbours.items[:, : k1 + 1]
     half = neighbours.items[:, : int(np.around(k1 / 2)) + 1]
     near_mutual, half_mutual = _mutual(near), _mutual(half)
-    pairwise, count = Pairwise(distances), len(near)
+    count = len(near)
     sizes, columns, values = [], [], []
     for span in spans(count, _BLOCK):
         keys = _members(span, near, near_mutual, half, half_mutual)
         row = keys // count - span.start
-        weights = np.exp(-_looked_up(keys, span, pairwise, neighbours))
+        weights = np.exp(-_looked_up(keys, span, distances, neighbours))
         sums = np.bincount(row, weights=weights, minlength=span.stop - span.start)
         sizes.append(np.bincount(row, minlength=span.stop - span.start))
         columns.append(keys % count)
@@ -197,7 +196,7 @@ def _members(
 
 
 def _looked_up(
-    keys: IntArray, span: slice, pairwise: Pairwise, neighbours: _Neighbours
+    keys: IntArray, span: slice, distances: Distances, neighbours: _Neighbours
 ) -> FloatArray:
     """Divided distances of pairs: most are in the neighbour lists, the others are computed."""
     count = len(neighbours.items)
@@ -208,7 +207,7 @@ def _looked_up(
     values = neighbours.values[span].reshape(-1)[found]
     missing = np.flatnonzero(listed[found] != keys)
     row, member = np.divmod(keys[missing], count)
-    values[missing] = pairwise.pairs(row, member) / neighbours.divisors[row]
+    values[missing] = distances.pairs(row, member) / neighbours.divisors[row]
     return np.asarray(values)
 
 

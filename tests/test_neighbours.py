@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reidreg.distances import Distances
-from reidreg.neighbours import ExactLists, Pairwise, ranked_lists, sum_error
+from reidreg.neighbours import ExactLists, ranked_lists, sum_error
 from reidreg.values import Embeddings
 
 
@@ -132,11 +132,11 @@ def test_pairs_equal_exact_distances_however_features_are_kept(kind, metric):
     exact = distances.exact(slice(0, 6), slice(0, 50)).numpy()
     queries = np.array([3, 0, 5])
     items = np.random.default_rng(0).integers(0, 50, (3, 8))
-    found = Pairwise(distances).listed(queries, items)
+    found = distances.listed(queries, items)
     assert np.abs(found - np.take_along_axis(exact[queries], items, axis=1)).max() < distances.slack
     row, item = np.array([1, 1, 1, 4]), np.array([9, 2, 9, 0])
-    assert np.abs(Pairwise(distances).pairs(row, item) - exact[row, item]).max() < distances.slack
-    assert Pairwise(distances).pairs(row[:0], item[:0]).shape == (0,)
+    assert np.abs(distances.pairs(row, item) - exact[row, item]).max() < distances.slack
+    assert distances.pairs(row[:0], item[:0]).shape == (0,)
 
 
 def test_candidates_make_a_list_certain_only_where_the_others_are_behind():

@@ -310,7 +310,7 @@ def test_scores_of_float32_keep_to_their_bound(seed, dim, exponent, kind):
         exact = distances.exact(rows, rows).flatten()
         wanted = distances.score_of(np.repeat(rows, 6), exact).view(6, 6)
         assert float((tile.double() - wanted).abs().max()) < distances.score_slack
-        pairs = distances.pairs(np.repeat(rows, 6), np.tile(rows, 6))
+        pairs = torch.from_numpy(distances.pairs(np.repeat(rows, 6), np.tile(rows, 6)))
         near = distances.near_pairs(np.repeat(rows, 6), np.tile(rows, 6), 4)
         for found in (pairs, near):
             assert float((found - exact).abs().max()) < distances.slack
