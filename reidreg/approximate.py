@@ -196,6 +196,8 @@ def _parameters(index: Any, settings: Settings, fetch: int, selector: Any) -> An
 
     if _is_graph(index):
         return faiss.SearchParametersHNSW(efSearch=max(settings["efSearch"], fetch), sel=selector)
+    # Before 1.13 faiss sized the tables of product codes by the index's own value, and crashed.
+    faiss.extract_index_ivf(index).nprobe = settings["nprobe"]
     cells = faiss.SearchParametersIVF(nprobe=settings["nprobe"], sel=selector)
     if isinstance(index, faiss.IndexPreTransform):
         return faiss.SearchParametersPreTransform(index_params=cells)
