@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -185,6 +186,9 @@ def clone(aihub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split in ("query", "gallery"):
             features = extract("log/aihub_kaist/checkpoints/best.ckpt", split=split)
             save_features(features, f"features/{split}.npz")
+        model = "--ckpt log/aihub_kaist/checkpoints/best.ckpt --split gallery"
+        code, text = run(shlex.split(f"index build {model} --output index/gallery"))
+        assert code == 0, text
     (folder / "log/quickstart").symlink_to("aihub_kaist")
     return folder
 
@@ -217,7 +221,7 @@ def test_a_training_command_resolves(
             assert Path(value).is_file(), f"{value}: not a place where a run leaves a checkpoint"
 
 
-REAL = ("evaluate", "extract", "plugins", "doctor", "import-config")
+REAL = ("evaluate", "extract", "index", "search", "plugins", "doctor", "import-config")
 
 
 @pytest.mark.parametrize("line", parameters(ours(commands(*WITHOUT_PLUGIN), *REAL)))
@@ -225,6 +229,8 @@ def test_a_command_that_is_quick_runs(
     line: Line, clone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(clone)
+    if line.words[1:3] == ("index", "build"):  # which does not overwrite
+        shutil.rmtree(line.words[line.words.index("--output") + 1], ignore_errors=True)
     code, text = run(line.words[1:])
     assert code == 0, text
 
@@ -389,7 +395,15 @@ def plain_flags(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_of_a_command_that_is_mentioned_is_one(page: Path) -> None:
-    known = {name: set(re.findall(r"--(\w+)", run([name, "--help"])[1])) for name in COMMANDS}
+    parts = {name: [[]] for name in COMMANDS} | {"index": [["build"], ["add"], ["info"]]}
+    known = {
+        name: {
+            option
+            for part in parts[name]
+            for option in re.findall(r"--(\w+)", run([name, *part, "--help"])[1])
+        }
+        for name in COMMANDS
+    }
     for span in spans_of(page):
         if span.startswith(("--", "reidreg ")):
             assert plain_flags(span) <= set().union(*known.values()), span
