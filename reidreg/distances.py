@@ -7,7 +7,7 @@ one before, and each with a bound on how far it is from the last:
 
 - `Distances.scores` is a matrix product in float32, as fast as the machine has one. Where two items
   are further apart than the bound (nearly always), their order is certain.
-- `Distances.pairs` and `Distances.approximate` add up in float64.
+- `Distances.pairs`, `Distances.near_pairs` and `Distances.approximate` add up in float64.
 - `Distances.exact` settles the rest. It writes each vector as `high + low` on two grids so coarse
   that every product, and every partial sum of products in whatever order, is a whole multiple of
   the grid's unit and fits the 53 bits of a float64. A sum without rounding has no order: the
@@ -43,6 +43,7 @@ METRICS = ("cosine", "euclidean")
 _GROUP = 64  # queries whose matches are measured together
 _CHUNK = 128  # products that float32 adds up at a time
 _CACHED = 2**16  # float64 values that fit a cache
+_HELD = 2**19  # float64 values that one of several threads works on
 _TAME = 1e-25  # norms between this and its reciprocal are far from float32's ends
 
 
@@ -99,12 +100,12 @@ class Plan:
     def of(cls, budget_mib: float, dim: int) -> Plan:
         check_at_least("budget_mib", budget_mib, 1)
         budget = int(budget_mib * 2**20)
-        side = min(math.isqrt(budget // 32), 2**16)  # a tile takes an eighth
+        side = min(math.isqrt(budget // 32), 2**15)  # a tile takes an eighth
         return cls(
-            queries=max(1, min(side // 2, budget // 8 // (dim * 16))),
-            gallery=max(1, min(2 * side, budget // 4 // (dim * 8))),
+            queries=max(1, min(side, budget // 8 // (dim * 8))),
+            gallery=max(1, min(side, budget // 4 // (dim * 8))),
             exact=max(1, budget // 4 // (dim * 40)),
-            strip=min(budget // 8 // 64, 2**17),
+            strip=min(budget // 8 // 64, 2**19),
         )
 
 
@@ -129,7 +130,7 @@ class Side:
         shared = self.features.device.type == "cpu" and self.features.dtype == torch.float32
         self._array = self.features.numpy() if shared else None
         self.unit = metric == "cosine"
-        pieces = spans(len(self.features), max(1, _CACHED // self.features.shape[1]))
+        pieces = spans(len(self.features), max(1, _HELD // self.features.shape[1]))
         squares = np.concatenate(in_threads(self._squared_norms, pieces))
         # numpy's root is correctly rounded, torch's is not always, nor the same in every place.
         self.norms = torch.from_numpy(np.sqrt(squares)).to(device)
@@ -302,11 +303,11 @@ class Distances:
         steps = min(self.dim, _CHUNK) + math.ceil(self.dim / _CHUNK) + 10
         return steps * 2.0**-24 * (1.0 if self.query.unit else 2.0) + 2 * self.slack / self.scale**2
 
-    def score_of(self, queries: IntArray, values: Tensor) -> Tensor:
+    def score_of(self, queries: IntArray, values: FloatArray) -> FloatArray:
         """The scores (n,) float64 of exact distances (n,) to the queries (n,)."""
         if self.query.unit:
             return values - 1
-        squares = self.query.squares[self._index(queries)]
+        squares: FloatArray = self.query.squares.cpu().numpy()[queries]
         return (values - squares) / (2 * self.scale**2)
 
     def score_items(self, items: slice | IntArray) -> tuple[Tensor, Tensor | None]:
@@ -347,7 +348,7 @@ class Distances:
 
     def exact_pairs(
         self, queries: IntArray, items: IntArray, width: int, group: int = _GROUP
-    ) -> Tensor:
+    ) -> FloatArray:
         """Exact distances of single pairs, (M,).
 
         Args:
@@ -356,17 +357,23 @@ class Distances:
             width: How many gallery vectors to hold at a time.
             group: How many queries to take together, with all items that any of them wants.
         """
-        return self._in_blocks(queries, items, width, group, self.exact)
+
+        def measure(queries: IntArray, items: IntArray) -> FloatArray:
+            return np.asarray(self.exact(queries, items).cpu().numpy())
+
+        return self._in_blocks(queries, items, width, group, measure)
 
     def near_pairs(
         self, queries: IntArray, items: IntArray, width: int, group: int = _GROUP
-    ) -> Tensor:
+    ) -> FloatArray:
         """As `exact_pairs`, within `slack`: for pairs of which many share their items."""
-        return self._in_blocks(queries, items, width, group, self._near)
 
-    def _near(self, queries: IntArray, items: IntArray) -> Tensor:
-        products = self.query.raw(queries) @ self.gallery.raw(items).T
-        return self._of_products(products, self._index(queries)[:, None], self._index(items))
+        def measure(queries: IntArray, items: IntArray) -> FloatArray:
+            return np.asarray(self.query.float64(queries) @ self.gallery.float64(items).T)
+
+        width = min(width, max(1, 2 * _CACHED // self.dim))
+        products = self._in_blocks(queries, items, width, group, measure)
+        return self._of_products(products, queries, items)
 
     def _in_blocks(
         self,
@@ -374,19 +381,17 @@ class Distances:
         items: IntArray,
         width: int,
         group: int,
-        measure: Callable[[IntArray, IntArray], Tensor],
-    ) -> Tensor:
-        out = torch.empty(len(queries), dtype=torch.float64, device=self.device)
+        measure: Callable[[IntArray, IntArray], FloatArray],
+    ) -> FloatArray:
+        out = np.empty(len(queries))
         starts = np.flatnonzero(np.diff(queries, prepend=-1))[::group]
-        bounds = [*starts.tolist(), len(queries)]
-        for start, stop in pairwise(bounds):
+        for start, stop in pairwise([*starts.tolist(), len(queries)]):
             rows, row = np.unique(queries[start:stop], return_inverse=True)
             columns, column = np.unique(items[start:stop], return_inverse=True)
             for span in spans(len(columns), width):
                 here = np.flatnonzero((column >= span.start) & (column < span.stop))
                 block = measure(rows, columns[span])
-                index = self._index(row[here] * block.shape[1] + column[here] - span.start)
-                out[self._index(here + start)] = block.flatten()[index]
+                out[start + here] = block[row[here], column[here] - span.start]
         return out
 
     def pairs(self, queries: IntArray, items: IntArray) -> FloatArray:
@@ -409,6 +414,15 @@ class Distances:
                 products[run] = np.einsum("kd,d->k", self.gallery.float64(items[run]), query)
 
         in_threads(multiply, spans(len(runs), 256))
+        return self._of_products(products, queries, items)
+
+    def listed(self, queries: IntArray, items: IntArray) -> FloatArray:
+        """As `pairs`: distances (n, m) of queries (n,) to their items (n, m)."""
+        pairs = np.repeat(queries, items.shape[1]), items.reshape(-1)
+        return self.pairs(*pairs).reshape(items.shape)
+
+    def _of_products(self, products: FloatArray, queries: IntArray, items: IntArray) -> FloatArray:
+        """Distances (M,) of pairs from products of their vectors as they were given."""
         left: FloatArray = self.query.norms.cpu().numpy()[queries]
         right: FloatArray = self.gallery.norms.cpu().numpy()[items]
         if self.query.unit:
@@ -416,19 +430,6 @@ class Distances:
         else:
             values = left * left + right * right - 2 * products
         return np.maximum(values, 0)
-
-    def listed(self, queries: IntArray, items: IntArray) -> FloatArray:
-        """As `pairs`: distances (n, m) of queries (n,) to their items (n, m)."""
-        pairs = np.repeat(queries, items.shape[1]), items.reshape(-1)
-        return self.pairs(*pairs).reshape(items.shape)
-
-    def _of_products(self, products: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Distances from products of the vectors as they were given; overwrites these."""
-        if self.query.unit:
-            norms = self.query.norms[rows] * self.gallery.norms[columns]
-            return products.div_(norms).neg_().add_(1)
-        squares = self.query.squares[rows] + self.gallery.squares[columns]
-        return products.mul_(-2).add_(squares)
 
     def rows(self, queries: slice | IntArray, width: int, *, exact: bool = False) -> Tensor:
         """Distances of some queries to the whole gallery, (n, G).
@@ -449,9 +450,6 @@ class Distances:
             )
         return out
 
-    def _index(self, index: IntArray) -> Tensor:
-        return torch.from_numpy(index).to(self.device)
-
 
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """What a function gives for each item; numpy lets as many of them run as torch has threads."""
@@ -468,9 +466,14 @@ def spans(count: int, size: int) -> list[slice]:
 
 
 def even_spans(count: int, most: int) -> list[slice]:
-    """The fewest slices of at most `most` rows, all of a size but for the last."""
+    """The fewest slices of at most `most` rows, all of a size but for the last.
+
+    Sizes are whole multiples of 64, where there is room for that: matrix products are a third
+    slower where rows begin anywhere in memory.
+    """
     parts = max(1, -(-count // most))
-    return spans(count, max(1, -(-count // parts)))
+    size = -(-count // parts)
+    return spans(count, max(1, min(-(-size // 64) * 64, most)))
 
 
 def _matrix(name: str, features: Features) -> Tensor:

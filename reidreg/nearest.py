@@ -225,8 +225,7 @@ def measured(
         found, place = np.unique(items[span][query, column], return_inverse=True)
         distances = Distances(queries[span], vectors.take(found), metric)
         pairs = query.astype(np.int64), place.reshape(-1).astype(np.int64)
-        exact = distances.exact_pairs(*pairs, _BLOCK // 16, _GROUP)
-        out[span][query, column] = exact.numpy()
+        out[span][query, column] = distances.exact_pairs(*pairs, _BLOCK // 16, _GROUP)
     order = np.lexsort((items, out), axis=1)
     return np.take_along_axis(out, order, axis=1), np.take_along_axis(items, order, axis=1)
 

@@ -30,7 +30,6 @@ from reidreg.distances import (
     Plan,
     even_spans,
     full_float32,
-    in_threads,
     ragged,
     spans,
 )
@@ -40,7 +39,7 @@ from reidreg.values import Embeddings
 
 Progress: TypeAlias = Callable[[int, int], None]
 
-_GROUP = 16  # queries whose matches are measured together
+_GROUP = 8  # queries whose matches are measured together
 _FEW = 1 / 16  # share of a block's pairs up to which they are looked at one by one
 
 
@@ -74,7 +73,7 @@ class _Fences:
 
     Args:
         queries: (M,) the query of each match.
-        items: (M,) the gallery item of each match.
+        items: (M,) the gallery item of each match, ascending within each query.
         values: (M,) float64, their distances; see `refine`.
         scores: (M,) float64, their scores.
         slack: How far an item's score may be from the one that its exact distance has.
@@ -90,7 +89,7 @@ class _Fences:
         slack: float,
         count: int,
     ) -> None:
-        order = np.lexsort((items, values, queries))
+        order = np.lexsort((values, queries))  # stable: of equal values the earlier item first
         queries, scores = queries[order], scores[order]
         self.items, self.values = items[order], values[order]
         self.sizes = np.bincount(queries, minlength=count).astype(np.int64)
@@ -122,8 +121,8 @@ class _Fences:
         """
         height = max(1, min(strip // max(1, len(columns)), 2**12))
         pieces = spans(len(queries), height)
-        work = [(scores[piece], queries[piece]) for piece in pieces]
-        found = in_threads(lambda one: self._count(*one), work)
+        # Not in threads: numpy's steps are so short that these would wait for each other.
+        found = [self._count(scores[piece], queries[piece]) for piece in pieces]
         zones, places = (np.concatenate(parts) for parts in zip(*found, strict=True))
         owner = np.searchsorted(self.zones, zones, side="right") - 1
         return _Unsettled(owner, columns[places], zones)
@@ -272,11 +271,11 @@ def match_positions(
     order = np.argsort(labels.query_pids[queries], kind="stable")
     queries, items = queries[order], items[order]
     some = [slice(*ends) for ends in pairwise(_cuts(labels.query_pids[queries], queries))]
-    values = torch.cat([distances.near_pairs(queries[s], items[s], plan.exact) for s in some])
-    scores = distances.score_of(queries, values).cpu().numpy()
-    fences = _Fences(
-        queries, items, values.cpu().numpy(), scores, distances.score_slack, len(labels.query_pids)
+    values = np.concatenate(
+        [distances.near_pairs(queries[part], items[part], plan.exact) for part in some]
     )
+    scores = distances.score_of(queries, values)
+    fences = _Fences(queries, items, values, scores, distances.score_slack, len(labels.query_pids))
     with full_float32():
         _pass_by(distances, labels, fences, plan, progress)
     return MatchPositions(fences.positions(), fences.first, len(labels.gallery_pids))
@@ -307,6 +306,7 @@ def _pass_by(
     valid = np.flatnonzero(fences.sizes)
     blocks = even_spans(len(valid), plan.queries)
     memory = torch.empty(plan.queries * plan.gallery, dtype=torch.float32, device=distances.device)
+    waiting: list[_Unsettled] = []
     for done, piece in enumerate(pieces):
         columns = labels.kept[piece]
         vectors = distances.score_items(columns)
@@ -317,27 +317,34 @@ def _pass_by(
             # All of the query's own pid are either a match, which is not counted, or left out.
             own = same_pid(labels.query_pids[rows], labels.gallery_pids[columns])
             tile[own] = torch.inf
-            unsettled = fences.add(tile, rows, columns, plan.strip)
-            _settle(distances, fences, unsettled, plan)
+            waiting.append(fences.add(tile, rows, columns, plan.strip))
+            # Together, more of them are of one query, whose vector is then fetched once.
+            if sum(len(one.items) for one in waiting) > plan.strip:
+                _settle(distances, fences, waiting, plan)
+                waiting = []
             if progress:
                 progress(done * len(blocks) + nth + 1, len(pieces) * len(blocks))
+    _settle(distances, fences, waiting, plan)
 
 
-def _settle(distances: Distances, fences: _Fences, unsettled: _Unsettled, plan: Plan) -> None:
+def _settle(distances: Distances, fences: _Fences, waiting: list[_Unsettled], plan: Plan) -> None:
     """Find the order of those that float32 could not tell apart: by float64, then exactly."""
-    if not len(unsettled.items):
+    joined = [np.concatenate(parts) for parts in zip(*waiting, strict=True)]
+    if not joined or not len(joined[0]):
         return
+    order = np.argsort(joined[0], kind="stable")
+    unsettled = _Unsettled(*(part[order] for part in joined))
     block = len(np.unique(unsettled.queries)) * len(np.unique(unsettled.items))
     pairs = unsettled.queries, unsettled.items
     if len(unsettled.items) <= _FEW * block:
         values = distances.pairs(*pairs)
     else:  # so many that whole blocks cost less than one after the other
-        values = distances.near_pairs(*pairs, plan.exact).cpu().numpy()
+        values = distances.near_pairs(*pairs, plan.exact)
     close = np.flatnonzero(fences.nearest(unsettled, values) <= 3 * distances.slack)
     if len(close):
         exact = functools.partial(distances.exact_pairs, width=plan.exact)
-        fences.refine(np.unique(unsettled.zones[close]), lambda *pairs: exact(*pairs).cpu().numpy())
-        values[close] = exact(*(side[close] for side in pairs)).cpu().numpy()
+        fences.refine(np.unique(unsettled.zones[close]), exact)
+        values[close] = exact(*(side[close] for side in pairs))
     fences.settle(unsettled, values)
 
 
