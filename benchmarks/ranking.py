@@ -24,7 +24,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
@@ -94,8 +94,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", choices=CASES, default="market")
-    for name, kind in Case.__annotations__.items():
-        parser.add_argument(f"--{name}", type=float if kind == "float" else int)
+    for name, kind in get_type_hints(Case).items():
+        parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget_mib", type=float, default=256)

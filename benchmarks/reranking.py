@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,8 +74,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", choices=CASES, default="aihub")
-    for name, kind in Case.__annotations__.items():
-        parser.add_argument(f"--{name}", type=float if kind == "float" else int)
+    for name, kind in get_type_hints(Case).items():
+        parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dense", type=int, default=2_000, help="images of that comparison, or 0")
