@@ -97,13 +97,15 @@ class Plan:
     strip: int
 
     @classmethod
-    def of(cls, budget_mib: float, dim: int) -> Plan:
+    def of(cls, budget_mib: float, dim: int, queries: int) -> Plan:
+        """The plan for a budget in MiB, vectors of `dim` numbers, and so many queries."""
         check_at_least("budget_mib", budget_mib, 1)
         budget = int(budget_mib * 2**20)
-        side = min(math.isqrt(budget // 32), 2**15)  # a tile takes an eighth
+        tile = budget // 32  # an eighth: wide where queries are few, square where they are many
+        rows = max(1, min(queries, math.isqrt(tile), budget // 8 // (dim * 8)))
         return cls(
-            queries=max(1, min(side, budget // 8 // (dim * 8))),
-            gallery=max(1, min(side, budget // 4 // (dim * 8))),
+            queries=rows,
+            gallery=_aligned(min(tile // rows, budget // 4 // (dim * 8), 2**16)),
             exact=max(1, budget // 4 // (dim * 40)),
             strip=min(budget // 8 // 64, 2**19),
         )
@@ -468,12 +470,19 @@ def spans(count: int, size: int) -> list[slice]:
 def even_spans(count: int, most: int) -> list[slice]:
     """The fewest slices of at most `most` rows, all of a size but for the last.
 
-    Sizes are whole multiples of 64, where there is room for that: matrix products are a third
-    slower where rows begin anywhere in memory.
+    The size is a multiple of 64 if `most` is.
     """
     parts = max(1, -(-count // most))
     size = -(-count // parts)
     return spans(count, max(1, min(-(-size // 64) * 64, most)))
+
+
+def _aligned(size: int) -> int:
+    """The largest multiple of 64 that is no larger, or the size itself where there is none.
+
+    Products of matrices take up to twice as long where rows begin anywhere in memory.
+    """
+    return max(1, size // 64 * 64 or size)
 
 
 def _matrix(name: str, features: Features) -> Tensor:

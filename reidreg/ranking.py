@@ -265,7 +265,7 @@ def match_positions(
     labels = labels_of_sides(query, gallery, same_camera)
     count_matchable(labels)
     distances = Distances(query.features, gallery.features, metric, (query.paths, gallery.paths))
-    plan = Plan.of(budget_mib, distances.dim)
+    plan = Plan.of(budget_mib, distances.dim, len(labels.query_pids))
     queries, items = labels.matches()
     # Side by side, queries of one pid share the matches whose distances are wanted.
     order = np.argsort(labels.query_pids[queries], kind="stable")
@@ -302,13 +302,14 @@ def _pass_by(
     progress: Progress | None,
 ) -> None:
     """Let the gallery pass by the queries, tile by tile."""
-    pieces = even_spans(len(labels.kept), plan.gallery)
+    kept = labels.kept
+    pieces = even_spans(len(kept), plan.gallery)
     valid = np.flatnonzero(fences.sizes)
     blocks = even_spans(len(valid), plan.queries)
     memory = torch.empty(plan.queries * plan.gallery, dtype=torch.float32, device=distances.device)
     waiting: list[_Unsettled] = []
     for done, piece in enumerate(pieces):
-        columns = labels.kept[piece]
+        columns = kept[piece]
         vectors = distances.score_items(columns)
         for nth, block in enumerate(blocks):
             rows = valid[block]
@@ -378,8 +379,8 @@ def match_positions_of_rows(
     """
     labels = MatchLabels.of(query_pids, query_camids, gallery_pids, gallery_camids, same_camera)
     count_matchable(labels)
-    plan = Plan.of(budget_mib, 1)
     total = len(labels.query_pids)
+    plan = Plan.of(budget_mib, 1, total)
     queries, items = labels.matches()
     offsets = starts_of(np.bincount(queries, minlength=total))
     positions = np.zeros(len(items), dtype=np.int64)

@@ -89,7 +89,7 @@ def single_shot_positions_of_rows(
 
 
 def _exact_rows(distances: Distances, budget_mib: float) -> Iterator[tuple[int, Tensor]]:
-    plan = Plan.of(budget_mib, distances.dim)
+    plan = Plan.of(budget_mib, distances.dim, len(distances.query))
     # A row is held three times: on the device, on the CPU, and by identity.
     size = max(1, int(budget_mib * 2**20) // 4 // (len(distances.gallery) * 24))
     for span in spans(len(distances.query), min(size, plan.queries)):

@@ -65,6 +65,12 @@ def test_every_option_adds_its_own_figures_and_leaves_the_others() -> None:
         assert json.loads(json.dumps(more, allow_nan=False)) == more
 
 
+@pytest.mark.parametrize("protocol", ["market1501", "cuhk03"])
+def test_no_figure_depends_on_the_memory_that_there_is(protocol: str) -> None:
+    options = {"protocol": protocol, "verification": True, "rerank": True, "k1": 5, "expansion": 3}
+    assert evaluate(**options, budget_mib=1) == evaluate(**options)
+
+
 def test_intervals_stand_in_every_block() -> None:
     found = evaluate(bootstrap=60, rerank=True, k1=5)
     query, gallery = random_sides()

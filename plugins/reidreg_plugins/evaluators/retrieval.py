@@ -60,6 +60,7 @@ class Retrieval(Evaluator):
         lambda_value: Share of the original distance after re-ranking.
         expansion: Give figures after query expansion by so many neighbours, say 5; 0 gives none.
         expansion_alpha: How fast farther neighbours count less in query expansion; 0 is their mean.
+        budget_mib: Memory for ranking beside the features, in MiB; no figure depends on it.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Retrieval(Evaluator):
         lambda_value: Annotated[float, Interval(ge=0, le=1)] = 0.3,
         expansion: Annotated[int, Ge(0)] = 0,
         expansion_alpha: Annotated[float, Ge(0)] = 3.0,
+        budget_mib: Annotated[int, Ge(1)] = 256,
     ) -> None:
         self.metric = metric
         self.max_rank = max_rank
@@ -97,6 +99,7 @@ class Retrieval(Evaluator):
         self.lambda_value = lambda_value
         self.expansion = expansion
         self.expansion_alpha = expansion_alpha
+        self.budget_mib = budget_mib
 
     @staticmethod
     def check(options: Mapping[str, Any]) -> None:
@@ -146,6 +149,7 @@ class Retrieval(Evaluator):
                     metric=self.metric,
                     same_camera=self.same_camera,
                     repeats=self.repeats,
+                    budget_mib=self.budget_mib,
                     progress=bar.report,
                 )
             return self._all_positions(query, gallery, bar.report)
@@ -157,7 +161,12 @@ class Retrieval(Evaluator):
         progress: Callable[[int, int], None] | None = None,
     ) -> MatchPositions:
         return match_positions(
-            query, gallery, metric=self.metric, same_camera=self.same_camera, progress=progress
+            query,
+            gallery,
+            metric=self.metric,
+            same_camera=self.same_camera,
+            budget_mib=self.budget_mib,
+            progress=progress,
         )
 
     def _camera_pairs(self, query: Embeddings, gallery: Embeddings) -> list[dict[str, Any]]:
@@ -168,6 +177,7 @@ class Retrieval(Evaluator):
                 metric=self.metric,
                 same_camera=self.same_camera,
                 ap=self.ap,
+                budget_mib=self.budget_mib,
                 progress=bar.report,
             )
 
@@ -183,6 +193,7 @@ class Retrieval(Evaluator):
                 metric=self.metric,
                 same_camera=self.same_camera,
                 far=self.far,
+                budget_mib=self.budget_mib,
                 progress=bar.report,
             )
 
@@ -210,7 +221,11 @@ class Retrieval(Evaluator):
                     progress=bar.report,
                 )
             return match_positions_of_rows(
-                rows, *ids, same_camera=self.same_camera, progress=bar.report
+                rows,
+                *ids,
+                same_camera=self.same_camera,
+                budget_mib=self.budget_mib,
+                progress=bar.report,
             )
 
     def _expanded(self, query: Embeddings, gallery: Embeddings) -> MatchPositions:
@@ -226,12 +241,25 @@ class Retrieval(Evaluator):
         return self._positions(expanded, gallery)
 
     def rank(self, query: Embeddings, gallery: Embeddings, k: int) -> tuple[Tensor, Tensor]:
-        return ranked_lists(query, gallery, k=k, metric=self.metric, same_camera=self.same_camera)
+        return self._lists(query, gallery, k)
 
     def rank_everything(
         self, query: Embeddings, gallery: Embeddings, k: int
     ) -> tuple[Tensor, Tensor]:
-        return ranked_lists(query, gallery, k=k, metric=self.metric, everything=True)
+        return self._lists(query, gallery, k, everything=True)
+
+    def _lists(
+        self, query: Embeddings, gallery: Embeddings, k: int, everything: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return ranked_lists(
+            query,
+            gallery,
+            k=k,
+            metric=self.metric,
+            same_camera=self.same_camera,
+            everything=everything,
+            budget_mib=self.budget_mib,
+        )
 
     def precisions(self, query: Embeddings, gallery: Embeddings) -> Tensor:
         matches = self._positions(query, gallery)
