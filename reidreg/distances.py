@@ -101,7 +101,7 @@ class Plan:
         """The plan for a budget in MiB, vectors of `dim` numbers, and so many queries."""
         check_at_least("budget_mib", budget_mib, 1)
         budget = int(budget_mib * 2**20)
-        tile = budget // 32  # an eighth: wide where queries are few, square where they are many
+        tile = budget // 64  # a sixteenth: wide where queries are few, else square
         rows = max(1, min(queries, math.isqrt(tile), budget // 8 // (dim * 8)))
         return cls(
             queries=rows,

@@ -129,21 +129,19 @@ class _Fences:
 
     def _count(self, scores: Tensor, queries: IntArray) -> tuple[IntArray, IntArray]:
         """Count a strip; returns the zones and columns of what must be settled."""
-        first, last = self.zones[queries], self.zones[queries + 1]
-        rows, columns, values = _below(scores, self.upper[last - 1])
-        keys = np.sort(_keys(rows, values) + columns)
-        zones = ragged(first, last - first)
-        row = np.repeat(np.arange(len(queries)), last - first)
-        low = np.searchsorted(keys, _keys(row, self.lower[zones]))
-        high = np.searchsorted(keys, _keys(row, self.upper[zones]))
-        # Between the zone before, or the row's start, and this one.
-        start = np.empty_like(low)
-        start[1:] = high[:-1]
-        heads = np.cumsum(last - first) - (last - first)
-        start[heads] = np.searchsorted(keys, _keys(np.arange(len(queries)), _LEAST))
-        self.before[self.zone_first[zones] + queries[row]] += low - start
-        inside = high - low
-        return np.repeat(zones, inside), keys[ragged(low, inside)] & (2**_COLUMN - 1)
+        # Queries without a match have no zone, so those of the others lie side by side.
+        first, last = self.zones[queries[0]], self.zones[queries[-1] + 1]
+        sizes = self.zones[queries + 1] - self.zones[queries]
+        rows, columns, values = _below(scores, self.upper[self.zones[queries + 1] - 1])
+        keys = _keys(rows, values) + columns
+        row = np.repeat(np.arange(len(queries)), sizes)
+        edges = np.stack([self.lower[first:last], self.upper[first:last]], axis=1).reshape(-1)
+        edges = _keys(np.repeat(row, 2), edges)
+        # The fewer are looked up among the more, which must be in order.
+        look_up = _among_edges if len(keys) < len(edges) else _among_keys
+        counts, inside, keys = look_up(keys, edges)
+        self.before[self.zone_first[first:last] + queries[row]] += counts
+        return first + inside, keys & (2**_COLUMN - 1)
 
     def settle(self, unsettled: _Unsettled, values: FloatArray) -> None:
         """Count items whose distances are known so well that their order is certain."""
@@ -207,7 +205,6 @@ class _Unsettled(NamedTuple):
 
 # A key is a row, the bits of a score in an order of whole numbers, and a column.
 _COLUMN, _ROW = 17, 49
-_LEAST = np.array([-np.inf], dtype=np.float32)
 
 
 def _keys(rows: IntArray, scores: NDArray[np.float32]) -> IntArray:
@@ -215,6 +212,28 @@ def _keys(rows: IntArray, scores: NDArray[np.float32]) -> IntArray:
     bits = scores.view(np.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
     return (rows << _ROW) + (ordered << _COLUMN)
+
+
+def _among_edges(keys: IntArray, edges: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Look up each key among the edges of zones, two for each zone, ascending.
+
+    Returns:
+        How many keys lie just before each zone; the zones of the keys that lie in one; and these.
+    """
+    passed = np.searchsorted(edges, keys, side="right")
+    within = (passed & 1).astype(np.bool_)
+    counts = np.bincount(passed[~within] >> 1, minlength=len(edges) // 2)
+    return counts, passed[within] >> 1, keys[within]
+
+
+def _among_keys(keys: IntArray, edges: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """As `_among_edges`, by looking up each edge among the keys."""
+    keys = np.sort(keys)
+    ends = np.searchsorted(keys, edges)
+    inside = ends[1::2] - ends[::2]
+    counts = ends[::2] - np.append(0, ends[1:-1:2])
+    zones = np.repeat(np.arange(len(inside)), inside)
+    return counts, zones, keys[ragged(ends[::2], inside)]
 
 
 def _below(
