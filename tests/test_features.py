@@ -693,6 +693,7 @@ def test_a_missing_image_is_told_by_who_reads_it(model: Path, tmp_path: Path) ->
     assert not (tmp_path / "kept").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_keeps_features_beside_the_run(
     model: Path, tmp_path: Path, reidreg: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -637,6 +637,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_search_in_a_process_of_its_own(
     built: Path,
     aihub_root: Path,

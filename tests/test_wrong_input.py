@@ -460,6 +460,7 @@ def test_options_that_are_wrong_are_named(options: dict[str, Any]) -> None:
 # --------------------------------------------------------------------- without asserts
 
 
+@pytest.mark.slow
 def test_the_checks_hold_when_python_optimises() -> None:
     quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestConfigWarning"]
     done = subprocess.run(
