@@ -28,6 +28,7 @@ from torch import Tensor
 from reidreg.config import Config, config_from_dict
 from reidreg.data import Labels
 from reidreg.errors import CheckpointError
+from reidreg.files import sync
 
 FORMAT = "reidreg checkpoint"
 VERSION = 1
@@ -92,9 +93,9 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         # A folder: safetensors writes to a file of a name of its own first, which a kill leaves.
         partial.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial / path.name, metadata=header)
-        _sync(partial / path.name)
+        sync(partial / path.name)
         os.replace(partial / path.name, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {_reason(error)}") from error
     finally:
@@ -214,14 +215,3 @@ def _put_back(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, list):
         return [_put_back(item, tensors) for item in tree]
     return tree
-
-
-def _sync(path: Path) -> None:
-    """Have a file's content, or a folder's entries, reach the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders; its rename is durable by itself.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

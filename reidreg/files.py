@@ -38,3 +38,14 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, reach the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders; its rename is durable by itself.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -27,7 +27,7 @@ import numpy as np
 
 from reidreg.distances import IntArray
 from reidreg.errors import DataError
-from reidreg.files import replacing
+from reidreg.files import replacing, sync
 from reidreg.nearest import Vectors
 
 FORMAT = "reidreg index"
@@ -108,10 +108,10 @@ def write_contents(folder: Path, contents: Contents) -> None:
                 counted = _Counted(file)
                 write(counted)
                 written[name] = {"bytes": counted.count, "sha256": counted.digest.hexdigest()}
-        sync_folder(folder)
+        sync(folder)
         with replacing(folder / MANIFEST) as file:
             file.write(_render(contents.facts, written))
-        sync_folder(folder)
+        sync(folder)
     # faiss turns what its writer raises into a RuntimeError.
     except (OSError, RuntimeError) as error:
         _remove(folder, [name for name, _ in writers])
@@ -185,17 +185,6 @@ def _remove(folder: Path, names: list[str]) -> None:
     for name in names:
         with contextlib.suppress(OSError):
             (folder / name).unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk."""
-    if os.name == "nt":
-        return  # Windows opens no folders; its rename is durable by itself.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --------------------------------------------------------------------- reading

@@ -58,6 +58,19 @@ def tiny(aihub_root: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+def small_run(aihub_root: Path, output: Path) -> dict[str, Any]:
+    """Layers on `configs/aihub_kaist.yaml` that make one epoch a matter of a second."""
+    return {
+        "dataset.root": str(aihub_root),
+        "input.size": [64, 32],
+        "sampler": {"batch_size": 8, "instances": 2},
+        "backbone": {"name": "resnet18", "pretrained": "none"},
+        "train": {"epochs": 1, "workers": 0, "precision": "fp32"},
+        "wandb.mode": "disabled",
+        "output_dir": str(output),
+    }
+
+
 def as_flags(values: dict[str, Any]) -> list[str]:
     """Dotted keys and values as command-line flags."""
     return [f"--{key}={value}" for key, value in values.items()]

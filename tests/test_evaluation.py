@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import small_run
 from reidreg import (
     FeatureExtractor,
     evaluate,
@@ -32,18 +33,7 @@ from reidreg.interfaces import EVALUATORS
 def trained(aihub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The best checkpoint of a run of one epoch."""
     folder = tmp_path_factory.mktemp("trained")
-    config = load_config(
-        "aihub_kaist",
-        {
-            "dataset.root": str(aihub_root),
-            "input.size": [64, 32],
-            "sampler": {"batch_size": 8, "instances": 2},
-            "backbone": {"name": "resnet18", "pretrained": "none"},
-            "train": {"epochs": 1, "workers": 0, "precision": "fp32"},
-            "wandb.mode": "disabled",
-            "output_dir": str(folder),
-        },
-    )
+    config = load_config("aihub_kaist", small_run(aihub_root, folder))
     fit(config)
     return folder / "checkpoints/best.ckpt"
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
-from conftest import Command
+from conftest import Command, small_run
 from reidreg import (
     Embeddings,
     FeatureExtractor,
@@ -401,17 +401,8 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def model(aihub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of random weights."""
-    config = load_config(
-        "aihub_kaist",
-        {
-            "dataset.root": str(aihub_root),
-            "input.size": [64, 32],
-            "sampler": {"batch_size": 8, "instances": 2},
-            "backbone": {"name": "resnet18", "pretrained": "none"},
-            "train": {"workers": 0, "precision": "fp32"},
-        },
-    )
     path = tmp_path_factory.mktemp("model") / "best.ckpt"
+    config = load_config("aihub_kaist", small_run(aihub_root, path.parent))
     save_checkpoint(capture(build_run(config), resumable=False), path)
     return path
 

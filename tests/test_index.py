@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Command
+from conftest import Command, small_run
 from reidreg import (
     Embeddings,
     GalleryIndex,
@@ -598,18 +598,7 @@ def test_a_threshold_is_a_least_cosine_or_a_greatest_distance(gallery: Embedding
 def run(aihub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one epoch, with a threshold, and files of its features."""
     folder = tmp_path_factory.mktemp("run")
-    config = load_config(
-        "aihub_kaist",
-        {
-            "dataset.root": str(aihub_root),
-            "input.size": [64, 32],
-            "sampler": {"batch_size": 8, "instances": 2},
-            "backbone": {"name": "resnet18", "pretrained": "none"},
-            "train": {"epochs": 1, "workers": 0, "precision": "fp32"},
-            "wandb.mode": "disabled",
-            "output_dir": str(folder / "run"),
-        },
-    )
+    config = load_config("aihub_kaist", small_run(aihub_root, folder / "run"))
     fit(config)
     checkpoint = load_checkpoint(folder / "run/checkpoints/best.ckpt")
     checkpoint.metrics["verification"] = {"threshold": 0.97, "far": 1e-3}
