@@ -88,6 +88,9 @@ class OptimizerConfig:
         bias_weight_decay: Weight decay of biases; null means weight_decay.
         momentum: Momentum; null is 0.9 for sgd and otherwise the optimizer's own default.
         betas: Coefficients of the running averages; null is the optimizer's own default.
+        layer_decay: Factor on the learning rate from each layer of the backbone to the one before
+            it, for transformers about 0.65 to 0.9; null is the same rate for all.
+        clip_norm: Greatest norm of the gradient of all parameters together; null does not limit it.
     """
 
     name: str = "adam"
@@ -99,6 +102,8 @@ class OptimizerConfig:
     betas: (
         tuple[Annotated[float, Interval(ge=0, lt=1)], Annotated[float, Interval(ge=0, lt=1)]] | None
     ) = None
+    layer_decay: Annotated[float, Interval(gt=0, le=1)] | None = None
+    clip_norm: Annotated[float, Gt(0)] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,15 @@ class TrainConfig:
         log_every: Steps between log lines.
         workers: Processes that load images; auto is one for each core, at most 8.
         eval_batch_size: Images in a batch of evaluation and extraction.
-        precision: Of the backbone's arithmetic; auto is bf16 where the hardware has it, else fp32.
+        precision: Of the backbone's arithmetic; auto is bf16 where the hardware has it, fp16 with a
+            scaled loss on older CUDA cards, else fp32.
+        compile: Compile the model with torch.compile, which takes minutes and then saves time.
+        accumulate: Parts that each batch is cut into, to save memory; the step is made for all of
+            it, but batch normalisation and losses that compare images see a part at a time.
+        ema_decay: Decay of an average of the weights over the steps, which is then evaluated and
+            kept as `best`; 0 for none, else such as 0.999.
+        freeze: Regular expressions; parameters whose names they match are not trained at first.
+        freeze_epochs: For how many epochs.
         device: auto, cpu, cuda, cuda:N or mps; auto is cuda where there is one, else cpu.
         seed: Of everything that is random.
     """
@@ -126,15 +139,28 @@ class TrainConfig:
     workers: Annotated[int, Interval(ge=0, le=1024)] | Literal["auto"] = "auto"
     eval_batch_size: Positive = 128
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    compile: bool = False
+    accumulate: Positive = 1
+    ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    freeze: list[str] = field(default_factory=list)
+    freeze_epochs: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
     device: str = "auto"
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
 
     @staticmethod
     def check(options: dict[str, Any]) -> None:
-        """Raise ValueError for text that is no device; whether it is here shows later."""
+        """Raise ValueError for text that is no device, or no regular expression.
+
+        Whether the device is here, and what the expressions match, shows later.
+        """
         device = options["device"]
         if not _DEVICE.fullmatch(device):
             raise ValueError(f"device: {device[:60]!r} is not auto, cpu, cuda, cuda:N or mps")
+        for pattern in options["freeze"]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"freeze: {pattern!r} is no expression ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -270,6 +296,8 @@ def advice(config: Config) -> list[str]:
     late = [epoch for epoch in schedule.get("milestones", ()) if epoch > train.epochs]
     if late and warmup <= train.epochs:
         lines.append(f"schedule.milestones {late} come after the last epoch ({train.epochs})")
+    if bool(train.freeze) != bool(train.freeze_epochs):
+        lines.append("train.freeze and train.freeze_epochs do nothing without each other")
     off = [term for term, loss in config.losses.items() if loss.weight == 0]
     if off:
         lines.append(f"losses turned off by weight 0: {', '.join(off)}")

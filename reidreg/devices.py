@@ -43,12 +43,18 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The data type of `train.precision` on a device: auto is bf16 where the hardware has it."""
+    """The data type of `train.precision` on a device.
+
+    auto is bf16 where the hardware has it, and fp16, which needs a scaled loss, on CUDA cards that
+    have tensor cores for that alone, such as a T4; else fp32.
+    """
     if name != "auto":
         return _DTYPES[name]
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if native else torch.float32
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return torch.bfloat16
+        return torch.float16 if capability >= (7, 0) else torch.float32
     if device.type == "cpu" and _cpu_has_bf16():
         return torch.bfloat16
     return torch.float32

@@ -150,8 +150,11 @@ class Loss(nn.Module, ABC):
     """An output and its labels to a number.
 
     A loss may own parameters. Those it steps itself, with the optimizer that `make_optimizer`
-    returns, see the gradient of the unweighted loss; others join the model's optimizer.
+    returns, see the gradient of the unweighted loss; others join the model's optimizer. One whose
+    value depends on which images share a batch says so with `compares_images`.
     """
+
+    compares_images: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

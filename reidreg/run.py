@@ -4,30 +4,34 @@ checkpoint."""
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from reidreg.averaging import Average
 from reidreg.checkpoint import Checkpoint
 from reidreg.config import Config, plain
 from reidreg.data import Labels, TrainLoader, count_workers, labels_of, training_samples
 from reidreg.devices import choose_device
 from reidreg.embedding import Embedder, make_embedder
-from reidreg.errors import CheckpointError, DataError, ReidregError
+from reidreg.errors import CheckpointError, ConfigError, DataError, ReidregError
 from reidreg.evaluation import load_weights
+from reidreg.freezing import Freezer
+from reidreg.guard import Guard
 from reidreg.interfaces import DATASETS, EVALUATORS, SAMPLERS, Dataset, Evaluator, Sampler
 from reidreg.logs import logger
 from reidreg.meter import Meter
 from reidreg.model import Model, build_model
 from reidreg.objective import Objective, build_objective
-from reidreg.optimizers import make_optimizer, make_schedule
+from reidreg.optimizers import layer_scales, make_optimizer, make_schedule
 from reidreg.parsing import load_config
 from reidreg.schedules import Schedule
 from reidreg.transforms import train_transform
+from reidreg.values import Output
 
 
 @dataclass
@@ -53,19 +57,27 @@ class Progress:
 
 @dataclass
 class Run:
-    """Everything that training holds, built from a configuration by `build_run`."""
+    """Everything that training holds, built from a configuration by `build_run`.
+
+    `network` is the model as training calls it, perhaps compiled; `average` is None without one,
+    and otherwise what `embedder` embeds with.
+    """
 
     config: Config
     dataset: Dataset
     sampler: Sampler
     loader: TrainLoader
     model: Model
+    network: Callable[..., Output]
+    average: Average | None
     embedder: Embedder
     evaluator: Evaluator
     objective: Objective
     optimizer: Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
+    freezer: Freezer
+    guard: Guard
     meter: Meter
     progress: Progress
 
@@ -82,8 +94,14 @@ def build_run(config: Config) -> Run:
 
     model = build_model(config, labels)
     embedder = make_embedder(model, labels, config)
+    decay = config.train.ema_decay
+    average = Average(model, decay) if decay else None
+    if average is not None:
+        embedder = replace(embedder, model=average.model)
     objective = build_objective(config, labels, model.head.dim).to(embedder.device)
     parameters = [*model.named_parameters(), *objective.shared_parameters()]
+    layer_decay = config.optimizer.layer_decay
+    scales = layer_scales(model, layer_decay) if layer_decay is not None else {}
     sampler = SAMPLERS.build(
         config.sampler.name,
         **config.sampler.options,
@@ -95,6 +113,7 @@ def build_run(config: Config) -> Run:
     )
     if len(sampler) == 0:
         raise DataError(f"sampler {config.sampler.name}: not one batch fits into an epoch")
+    check_parts(config, objective)
     assert embedder.input.mean is not None and embedder.input.std is not None
     loader = TrainLoader(
         samples,
@@ -111,12 +130,16 @@ def build_run(config: Config) -> Run:
         sampler=sampler,
         loader=loader,
         model=model,
+        network=torch.compile(model) if config.train.compile else model,
+        average=average,
         embedder=embedder,
         evaluator=evaluator,
         objective=objective,
-        optimizer=make_optimizer(config.optimizer, parameters),
+        optimizer=make_optimizer(config.optimizer, parameters, scales),
         schedule=make_schedule(config),
         scaler=torch.amp.GradScaler(embedder.device.type, enabled=embedder.dtype == torch.float16),
+        freezer=Freezer(model, config.train.freeze, config.train.freeze_epochs),
+        guard=Guard(embedder.device),
         meter=Meter(),
         progress=Progress(),
     )
@@ -127,6 +150,33 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def check_parts(config: Config, objective: Objective) -> None:
+    """Look at the parts that `train.accumulate` cuts a batch into.
+
+    Raises:
+        ConfigError: They are not of one size, or cut an identity's images apart.
+    """
+    parts = config.train.accumulate
+    size, instances = (config.sampler.options.get(key, 0) for key in ("batch_size", "instances"))
+    if parts == 1 or not size:
+        return
+    if size % parts or (instances and size // parts % instances):
+        of = f" of {instances} images an identity" if instances else ""
+        raise ConfigError(
+            f"train.accumulate: batches of {size}{of} cannot be cut into {parts} equal parts"
+        )
+    comparing = [term for term, loss in objective.losses() if loss.compares_images]
+    if comparing:
+        logger.warning(
+            "note: with train.accumulate %d, %s compares the %d images of a part, not the %d of a "
+            "batch",
+            parts,
+            ", ".join(comparing),
+            size // parts,
+            size,
+        )
 
 
 def check_splits(dataset: Dataset, evaluator: Evaluator) -> None:
@@ -141,11 +191,13 @@ def check_splits(dataset: Dataset, evaluator: Evaluator) -> None:
 def start_weights(run: Run, init_from: Checkpoint | None) -> None:
     """Give a new run its first weights: a checkpoint's of ours, or the backbone's pretrained."""
     if init_from is not None:
-        logger.info("%s", load_matching(run.model, init_from, run.embedder.labels))
-        return
-    report = run.model.backbone.load_pretrained()
+        report: str | None = load_matching(run.model, init_from, run.embedder.labels)
+    else:
+        report = run.model.backbone.load_pretrained()
     if report is not None:
         logger.info("%s", report)
+    if run.average is not None:
+        run.average.load(run.model.state_dict())
 
 
 def load_matching(model: Model, checkpoint: Checkpoint, labels: Labels) -> str:
@@ -200,8 +252,11 @@ def capture(run: Run, resumable: bool = True) -> Checkpoint:
         "progress": asdict(run.progress),
         "random": random_state(),
     }
+    if run.average is not None:
+        training["model"] = run.model.state_dict()
     return Checkpoint(
-        model=run.model.state_dict(),
+        # What evaluation uses, so that whoever opens the file sees the figures that were logged.
+        model=run.embedder.model.state_dict(),
         config=run.config.as_dict(),
         labels=run.embedder.labels,
         preprocessing=plain({"size": size, "mean": mean, "std": std}),
@@ -232,7 +287,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         )
     for line in differences(completed(checkpoint.config), run.config.as_dict()):
         logger.info("changed on resume: %s", line)
-    load_weights(run.model, checkpoint.model)
+    load_weights(run.model, training.get("model", checkpoint.model))
+    if run.average is not None:
+        run.average.load(checkpoint.model)
     load_weights(run.objective, training["objective"])
     load_optimizer(run.optimizer, training["optimizer"], "optimizer")
     own = run.objective.optimizers

@@ -5,8 +5,7 @@ configuration -> parts -> batches -> Output -> losses -> step -> evaluation -> c
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from reidreg.config import Config
 from reidreg.data import loading_processes
 from reidreg.describe import announce, describe_evaluation, describe_step, validation_figures
 from reidreg.devices import autocast
-from reidreg.errors import DataError, DeviceError, DivergedError, InterruptedRun
+from reidreg.errors import DataError, DeviceError, InterruptedRun
 from reidreg.evaluation import evaluate_dataset, write_metrics
 from reidreg.logs import MetricsLog, ProgressBar, log_to_file, logger, start_wandb
 from reidreg.optimizers import set_learning_rate
-from reidreg.run import Progress, Run, build_run, capture, restore, start_weights
+from reidreg.run import Run, build_run, capture, restore, start_weights
 from reidreg.runfolder import RunFolder
 from reidreg.signals import StopSignals
 from reidreg.values import Batch
@@ -109,9 +108,9 @@ def train(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals
 def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
     """Train the rest of the epoch under way."""
     config, progress, meter = run.config.train, run.progress, run.meter
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     set_learning_rate(run.optimizer, run.schedule.factor(progress.epoch + 1))
     run.model.train()
+    run.freezer.begin(progress.epoch)
     steps = len(run.sampler)
     with ProgressBar(f"epoch {progress.epoch + 1}/{config.epochs}", steps) as bar:
         bar.report(progress.batch, steps)
@@ -119,28 +118,19 @@ def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopS
         for batch in run.loader.epoch(progress.epoch, start=progress.batch):
             batch = to_device(batch, run.embedder.device)
 
-            with autocast(run.embedder.device, run.embedder.dtype):
-                output = run.model(batch.images, batch.camids)
-            loss, terms = run.objective(output, batch.pids)
-            check_finite("the loss", loss, progress, terms)
-
             run.optimizer.zero_grad()
             run.objective.zero_grad()
-            run.scaler.scale(loss).backward()
-            if not run.scaler.is_enabled():  # a scaler skips such steps by itself
-                gradients = [p.grad for p in parameters if p.grad is not None]
-                norm = nn.utils.get_total_norm(gradients, foreach=True)
-                check_finite("the gradient", norm, progress, terms)
-            run.scaler.step(run.optimizer)
-            run.objective.step(run.scaler)
-            run.scaler.update()
-
-            progress.batch += 1
-            progress.step += 1
-            meter.add(loss, terms, output.logits, batch.pids)
+            for part in parts_of(batch, config.accumulate):
+                with autocast(run.embedder.device, run.embedder.dtype):
+                    output = run.network(part.images, part.camids)
+                loss, terms = run.objective(output, part.pids)
+                run.scaler.scale(loss / config.accumulate).backward()
+                meter.add(loss, terms, output.logits, part.pids)
+            update(run, loss, terms)
 
             # -------------------- once in a while --------------------
             if progress.batch % config.log_every == 0 or progress.batch == steps:
+                run.guard.check()
                 figures = meter.take(run.optimizer.param_groups[0]["lr"], run.embedder.device)
                 figures = {"step": progress.step, "epoch": progress.epoch + 1, **figures}
                 metrics.write(figures)
@@ -154,9 +144,44 @@ def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopS
     stop_if_asked(run, folder, signals)
 
 
+def update(run: Run, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
+    """Make a step with the gradients that are there; nothing here waits for the device.
+
+    Args:
+        run: The run.
+        loss: The last part's loss, for the message if it is not finite.
+        terms: Its terms.
+    """
+    clip, progress = run.config.optimizer.clip_norm, run.progress
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    trained = [p for p in parameters if p.grad is not None]
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
+    # A scaler leaves out steps that are not finite by itself, and tries a smaller scale.
+    run.guard.watch(progress.step + 1, loss, None if run.scaler.is_enabled() else norm, terms)
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(trained, clip, norm, foreach=True)
+    run.scaler.step(run.optimizer)
+    run.objective.step(run.scaler)
+    run.scaler.update()
+    progress.batch += 1
+    progress.step += 1
+    if run.average is not None:
+        run.average.update(run.model, progress.step)
+
+
+def parts_of(batch: Batch, count: int) -> Iterator[Batch]:
+    """A batch cut into parts of one size, in order."""
+    size = len(batch.pids) // count
+    for start in range(0, len(batch.pids), size):
+        part = slice(start, start + size)
+        yield Batch(batch.images[part], batch.pids[part], batch.camids[part])
+
+
 def stop_if_asked(run: Run, folder: RunFolder, signals: StopSignals) -> None:
     """Save and raise InterruptedRun, between two steps, if a signal came."""
     if signals.received is not None:
+        run.guard.check()
         save_checkpoint(capture(run), folder.last)
         raise InterruptedRun(signals.received, str(folder.last))
 
@@ -203,13 +228,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         batch.pids.to(device, non_blocking=cuda),
         batch.camids.to(device, non_blocking=cuda),
     )
-
-
-def check_finite(what: str, value: Tensor, progress: Progress, terms: Mapping[str, Tensor]) -> None:
-    """Raise DivergedError for a loss or gradient that would spoil the weights."""
-    if not math.isfinite(value.item()):
-        shown = ", ".join(f"{name} {term.item():.4g}" for name, term in terms.items())
-        raise DivergedError(
-            f"{what} is {value.item()} at step {progress.step + 1} (epoch {progress.epoch + 1}; "
-            f"{shown}); the step was not made: lower --optimizer.lr or use --train.precision fp32"
-        )

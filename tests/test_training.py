@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -18,6 +19,9 @@ from conftest import as_flags
 from reidreg import Config, fit, load_checkpoint, load_config
 from reidreg.checkpoint import save_checkpoint
 from reidreg.errors import CheckpointError, ConfigError, DataError, DivergedError
+from reidreg.guard import Guard
+from reidreg.run import Run, build_run, capture, start_weights
+from reidreg.training import parts_of, update
 
 Values = dict[str, Any]
 
@@ -129,6 +133,11 @@ def test_resuming_after_an_epoch_is_the_same_run_bit_for_bit(
         "losses__center__name": "center",
         "losses__center__weight": 0.0005,
         "train__eval_every": 1,
+        "train__ema_decay": 0.99,
+        "train__accumulate": 2,
+        "optimizer__clip_norm": 5.0,
+        "train__freeze": ["conv1"],
+        "train__freeze_epochs": 3,
     }
     whole = configure(tiny, **common, train__epochs=4, output_dir=str(tmp_path / "whole"))
     fit(whole)
@@ -312,9 +321,181 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny: Values, tmp_path:
     poisoned = tmp_path / "poisoned.ckpt"
     save_checkpoint(checkpoint, poisoned)
     before = last.read_bytes()
-    with pytest.raises(DivergedError, match=r"step \d+ .*the step was not made"):
+    with pytest.raises(DivergedError, match=r"loss is nan at step \d+ .*nothing was saved since"):
         fit(configure(tiny, train__epochs=2), resume=str(poisoned))
     assert last.read_bytes() == before
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e9])
+def test_clipping_limits_the_gradient_and_nothing_else(
+    tiny: Values, tmp_path: Path, limit: float
+) -> None:
+    """With plain SGD the weights move by the learning rate times the gradient."""
+    changes = {
+        "optimizer__name": "sgd",
+        "optimizer__momentum": 0.0,
+        "optimizer__weight_decay": 0.0,
+        "schedule__warmup_epochs": 0,
+        "sampler__batch_size": 12,
+        "optimizer__clip_norm": limit,
+    }
+    run = build_run(configure(tiny, **changes))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    step(run)
+    gradients = torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
+    assert gradients.norm().item() <= limit * 1.0001
+    for name, parameter in run.model.named_parameters():
+        if parameter.grad is not None:
+            moved = before[name] - run.config.optimizer.lr * parameter.grad
+            assert torch.allclose(parameter, moved, atol=1e-7), name
+
+
+def step(run: Run) -> None:
+    """The first step of a run, as the loop makes it."""
+    run.model.train()
+    batch = next(iter(run.loader.epoch(0)))
+    run.optimizer.zero_grad()
+    for part in parts_of(batch, run.config.train.accumulate):
+        output = run.network(part.images, part.camids)
+        loss, terms = run.objective(output, part.pids)
+        torch.autograd.backward(loss / run.config.train.accumulate)
+    update(run, loss, terms)
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny: Values) -> None:
+    """Where no layer and no loss looks at more than one image: without batch statistics."""
+    gradients = []
+    for parts in (1, 2, 4):
+        torch.manual_seed(0)
+        run = build_run(configure(tiny, losses__triplet__weight=0.0, train__accumulate=parts))
+        for module in run.model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.momentum = 0.0
+                module.forward = functools.partial(frozen_norm, module)
+        step(run)
+        gradients.append(
+            {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
+        )
+    for name, whole in gradients[0].items():
+        for others in gradients[1:]:
+            assert torch.allclose(whole, others[name], rtol=1e-3, atol=1e-5), name
+
+
+def frozen_norm(module: torch.nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.batch_norm(
+        x, module.running_mean, module.running_var, module.weight, module.bias, False
+    )
+
+
+def test_parts_that_cut_identities_apart_are_refused(tiny: Values) -> None:
+    with pytest.raises(ConfigError, match=r"train\.accumulate: batches of 8 of 2 images"):
+        fit(configure(tiny, train__accumulate=8))
+
+
+def test_parts_and_losses_that_compare_images_are_warned_of(
+    tiny: Values, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_run(configure(tiny, train__accumulate=2))
+    assert "triplet compares the 4 images of a part, not the 8 of a batch" in caplog.text
+    caplog.clear()
+    build_run(configure(tiny, train__accumulate=2, losses__triplet__weight=0.0))
+    assert "compares" not in caplog.text
+
+
+def test_averaged_weights_are_evaluated_kept_and_follow_the_formula(tiny: Values) -> None:
+    run = build_run(configure(tiny, train__ema_decay=0.9))
+    start_weights(run, None)
+    assert run.average is not None and run.embedder.model is run.average.model
+    expected = {k: v.clone().double() for k, v in run.model.state_dict().items()}
+    for number in (1, 2, 3):
+        step(run)
+        # timm counts from the second step on, and takes the first as it is.
+        decay = min(0.9, 1 - number ** (-2 / 3)) if number > 1 else 0.0
+        for key, value in run.model.state_dict().items():
+            expected[key] = decay * expected[key] + (1 - decay) * value.double()
+    for key, value in run.average.model.state_dict().items():
+        if value.is_floating_point():
+            assert torch.allclose(value.double(), expected[key], atol=1e-6), key
+    saved = capture(run)
+    assert saved.training is not None
+    key = "backbone.net.conv1.weight"
+    assert torch.equal(saved.model[key], run.average.model.state_dict()[key])
+    assert torch.equal(saved.training["model"][key], run.model.state_dict()[key])
+    assert not torch.equal(saved.model[key], saved.training["model"][key])
+
+
+def test_frozen_parameters_rest_for_their_epochs_and_are_then_trained(tiny: Values) -> None:
+    config = configure(
+        tiny,
+        train__epochs=3,
+        train__checkpoint_every=1,
+        train__freeze=["^backbone"],
+        train__freeze_epochs=2,
+    )
+    fit(config)
+    folder = Path(config.output_dir) / "checkpoints"
+    first, second, third = (load_checkpoint(folder / f"epoch_000{n}.ckpt").model for n in (1, 2, 3))
+    for key in first:
+        if key.startswith("backbone"):  # running statistics among them
+            assert torch.equal(first[key], second[key]), key
+    assert not torch.equal(first["head.classifier.weight"], second["head.classifier.weight"])
+    for key in ("backbone.net.conv1.weight", "backbone.net.bn1.running_mean"):
+        assert not torch.equal(second[key], third[key])
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        (["^spine"], r"'\^spine' matches no trained parameter; there are backbone\.net\.conv1"),
+        (["."], "every parameter is frozen"),
+    ],
+)
+def test_freezing_nothing_or_everything_is_refused(
+    tiny: Values, freeze: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_run(configure(tiny, train__freeze=freeze, train__freeze_epochs=1))
+
+
+def test_what_is_frozen_is_an_expression(tiny: Values) -> None:
+    with pytest.raises(ConfigError, match=r"train\.freeze: '\(' is no expression"):
+        configure(tiny, train__freeze=["("])
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_figures(tiny: Values, tmp_path: Path) -> None:
+    plain = configure(tiny, output_dir=str(tmp_path / "plain"))
+    compiled = configure(tiny, train__compile=True, output_dir=str(tmp_path / "compiled"))
+    fit(plain)
+    fit(compiled)
+    names = [
+        load_checkpoint(tmp_path / f"{n}/checkpoints/last.ckpt").model
+        for n in ("plain", "compiled")
+    ]
+    assert names[0].keys() == names[1].keys()
+    ours, theirs = (lines_of(tmp_path / name) for name in ("plain", "compiled"))
+    for line, other in zip(ours[:-1], theirs[:-1], strict=True):
+        assert line["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_guard_names_the_first_step_that_was_not_finite(at_once: bool) -> None:
+    guard = Guard(torch.device("cpu" if at_once else "meta"))
+    fine, bad = torch.tensor(1.5), torch.tensor(float("nan"))
+    guard.watch(1, fine, fine, {"id": fine})
+    guard.check()
+    failing = [
+        lambda: guard.watch(2, fine, bad, {"id": torch.tensor(2.5)}),
+        lambda: guard.watch(3, bad, bad, {"id": bad}),
+        guard.check,
+    ]
+    with pytest.raises(DivergedError, match=r"the gradient is nan at step 2 \(id 2\.5\)"):
+        for attempt in failing:
+            attempt()
+    guard = Guard(torch.device("meta"))
+    guard.watch(7, bad, None, {"id": bad})
+    with pytest.raises(DivergedError, match=r"the loss is nan at step 7 \(id nan\)"):
+        guard.check()
 
 
 def test_an_untrained_evaluation_comes_first_when_asked_for(tiny: Values) -> None:

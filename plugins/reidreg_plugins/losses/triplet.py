@@ -23,6 +23,8 @@ class Triplet(Loss):
         margin: By how much nearer; null takes the soft margin log(1 + exp(d_ap - d_an)).
     """
 
+    compares_images = True
+
     def __init__(self, margin: Annotated[float, Ge(0)] | None = 0.3) -> None:
         super().__init__()
         self.margin = margin
