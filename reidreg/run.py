@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from reidreg.averaging import Average
@@ -80,6 +81,11 @@ class Run:
     guard: Guard
     meter: Meter
     progress: Progress
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What `optimizer` steps."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
 def build_run(config: Config) -> Run:

@@ -5,12 +5,12 @@ configuration -> parts -> batches -> Output -> losses -> step -> evaluation -> c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reidreg.checkpoint import load_checkpoint, save_checkpoint
 from reidreg.config import Config
@@ -117,16 +117,7 @@ def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopS
         meter.resume_clock()
         for batch in run.loader.epoch(progress.epoch, start=progress.batch):
             batch = to_device(batch, run.embedder.device)
-
-            run.optimizer.zero_grad()
-            run.objective.zero_grad()
-            for part in parts_of(batch, config.accumulate):
-                with autocast(run.embedder.device, run.embedder.dtype):
-                    output = run.network(part.images, part.camids)
-                loss, terms = run.objective(output, part.pids)
-                run.scaler.scale(loss / config.accumulate).backward()
-                meter.add(loss, terms, output.logits, part.pids)
-            update(run, loss, terms)
+            train_step(run, batch)
 
             # -------------------- once in a while --------------------
             if progress.batch % config.log_every == 0 or progress.batch == steps:
@@ -144,30 +135,34 @@ def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopS
     stop_if_asked(run, folder, signals)
 
 
-def update(run: Run, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
-    """Make a step with the gradients that are there; nothing here waits for the device.
+def train_step(run: Run, batch: Batch) -> None:
+    """Make a step with a batch, which is on the device; nothing here waits for the device."""
+    parts = run.config.train.accumulate
+    run.optimizer.zero_grad()
+    run.objective.zero_grad()
+    for part in parts_of(batch, parts):
+        with autocast(run.embedder.device, run.embedder.dtype):
+            output = run.network(part.images, part.camids)
+        loss, terms = run.objective(output, part.pids)
+        run.scaler.scale(loss / parts).backward()
+        run.meter.add(loss, terms, output.logits, part.pids)
 
-    Args:
-        run: The run.
-        loss: The last part's loss, for the message if it is not finite.
-        terms: Its terms.
-    """
-    clip, progress = run.config.optimizer.clip_norm, run.progress
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    trained = [p for p in parameters if p.grad is not None]
+    trained = [parameter for parameter in run.parameters if parameter.grad is not None]
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
     # A scaler leaves out steps that are not finite by itself, and tries a smaller scale.
-    run.guard.watch(progress.step + 1, loss, None if run.scaler.is_enabled() else norm, terms)
+    watched = None if run.scaler.is_enabled() else norm
+    run.guard.watch(run.progress.step + 1, loss, watched, terms)
+    clip = run.config.optimizer.clip_norm
     if clip is not None:
         nn.utils.clip_grads_with_norm_(trained, clip, norm, foreach=True)
     run.scaler.step(run.optimizer)
     run.objective.step(run.scaler)
     run.scaler.update()
-    progress.batch += 1
-    progress.step += 1
+    run.progress.batch += 1
+    run.progress.step += 1
     if run.average is not None:
-        run.average.update(run.model, progress.step)
+        run.average.update(run.model, run.progress.step)
 
 
 def parts_of(batch: Batch, count: int) -> Iterator[Batch]:

@@ -21,7 +21,7 @@ from reidreg.checkpoint import save_checkpoint
 from reidreg.errors import CheckpointError, ConfigError, DataError, DivergedError
 from reidreg.guard import Guard
 from reidreg.run import Run, build_run, capture, start_weights
-from reidreg.training import parts_of, update
+from reidreg.training import train_step
 
 Values = dict[str, Any]
 
@@ -351,15 +351,9 @@ def test_clipping_limits_the_gradient_and_nothing_else(
 
 
 def step(run: Run) -> None:
-    """The first step of a run, as the loop makes it."""
+    """The first step of a run."""
     run.model.train()
-    batch = next(iter(run.loader.epoch(0)))
-    run.optimizer.zero_grad()
-    for part in parts_of(batch, run.config.train.accumulate):
-        output = run.network(part.images, part.camids)
-        loss, terms = run.objective(output, part.pids)
-        torch.autograd.backward(loss / run.config.train.accumulate)
-    update(run, loss, terms)
+    train_step(run, next(iter(run.loader.epoch(0))))
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny: Values) -> None:
