@@ -14,7 +14,7 @@ import netrc
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -140,14 +140,18 @@ class MetricsLog:
     """Appends figures to metrics.jsonl, and to W&B where it is on.
 
     Args:
-        path: The file; on a resume, lines behind `step` are dropped, for they will come again.
+        path: The file; on a resume, lines that will come again are dropped.
         step: The step that the run starts from.
         wandb_run: A run of W&B, or None.
+        to_come: What of that very step is still to come, by the first part of its keys: a run may
+            have been killed between an evaluation and the checkpoint that knows of it.
     """
 
-    def __init__(self, path: Path, step: int = 0, wandb_run: Any = None) -> None:
+    def __init__(
+        self, path: Path, step: int = 0, wandb_run: Any = None, to_come: Collection[str] = ()
+    ) -> None:
         self.wandb_run = wandb_run
-        _drop_lines_behind(path, step)
+        _drop_lines(path, step, to_come)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, figures: dict[str, float]) -> None:
@@ -178,14 +182,17 @@ class MetricsLog:
                 self.wandb_run.finish(exit_code=exit_code)
 
 
-def _drop_lines_behind(path: Path, step: int) -> None:
+def _drop_lines(path: Path, step: int, to_come: Collection[str]) -> None:
+    """Drop lines behind a step, and those of the step itself that are to come."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         # A kill may have cut the last line short.
         with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
+            figures = json.loads(line)
+            again = any(key.split("/")[0] in to_come for key in figures)
+            if figures["step"] < step or (figures["step"] == step and not again):
                 kept.append(line + "\n")
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")

@@ -62,7 +62,10 @@ def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
         folder.write_config(config)
         announce(run)
         metrics = MetricsLog(
-            folder.metrics_log, run.progress.step, start_wandb(config, folder.root)
+            folder.metrics_log,
+            run.progress.step,
+            start_wandb(config, folder.root),
+            to_come=["val"] if evaluation_due(run) else [],
         )
         exit_code = 1
         try:

@@ -156,6 +156,16 @@ def test_lines_behind_the_step_of_a_resume_are_dropped(tmp_path: Path) -> None:
     assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 2, 4]
 
 
+def test_an_evaluation_that_will_come_again_is_dropped(tmp_path: Path) -> None:
+    """A kill between an evaluation and the checkpoint that knows of it."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "val/mAP": 1}, {"step": 2, "train/loss": 2}, {"step": 2, "val/mAP": 3}]
+    for to_come, kept in ((["val"], lines[:2]), ([], lines)):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        MetricsLog(path, step=2, to_come=to_come).close()
+        assert [json.loads(line) for line in path.read_text().splitlines()] == kept
+
+
 def test_a_figure_that_is_not_finite_stays_json(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write({"step": 1, "a": float("nan")})

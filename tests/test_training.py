@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -196,8 +198,54 @@ def test_a_signal_saves_in_the_middle_of_an_epoch_and_the_run_goes_on_to_the_sam
     assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "stopped")
 
 
+# What a resume has to bring back besides weights, optimizer and place.
+EVERYTHING = {
+    "train.workers": 2,
+    "train.ema_decay": 0.99,
+    "losses.center.name": "center",
+    "losses.center.weight": 0.0005,
+}
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
+    tiny: Values, tmp_path: Path
+) -> None:
+    """SIGKILL at moments as they fall, some of them while a checkpoint is written."""
+    values = {**tiny, **EVERYTHING, "train.epochs": 8, "train.eval_every": 3}
+    fit(load_config("aihub_kaist", flags=as_flags({**values, "output_dir": tmp_path / "whole"})))
+    values["output_dir"] = str(tmp_path / "killed")
+    command = [sys.executable, "-m", "reidreg", "fit", "--config", "aihub_kaist"]
+    chance, kills, code = random.Random(0), 0, None
+    while code != 0:
+        process = subprocess.Popen(
+            [*command, *as_flags(values), "--resume", "auto"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        while "epoch " not in (line := process.stdout.readline()) and line:
+            pass
+        # Longer from kill to kill, so that the run makes way however slow the machine is.
+        delay = chance.uniform(0, 1 + kills)
+        killer = threading.Timer(delay, process.kill)
+        killer.start()
+        process.communicate()
+        killer.cancel()
+        code = process.returncode
+        assert code in (0, -signal.SIGKILL)
+        kills += code != 0
+        assert kills < 60
+    assert kills >= 3
+    assert not differing(
+        tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "killed/checkpoints/last.ckpt"
+    )
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "killed")
+
+
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tiny: Values, tmp_path: Path) -> None:
-    values = {**tiny, "train.epochs": 3, "train.workers": 2}
+    values = {**tiny, **EVERYTHING, "train.epochs": 3}
     fit(load_config("aihub_kaist", flags=as_flags({**values, "output_dir": tmp_path / "whole"})))
     values["output_dir"] = str(tmp_path / "killed")
     process = interrupted(values, signal.SIGKILL, "epoch 2/3 step 2/")
