@@ -107,6 +107,19 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Training identities held out to choose the best model by, instead of the test set.
+
+    Args:
+        identities: Share of the training identities to hold out; 0 evaluates on query and gallery.
+        seed: Of who is held out; apart from train.seed, so that runs of other seeds compare.
+    """
+
+    identities: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The training loop.
 
@@ -199,6 +212,7 @@ class RunConfig:
 FIXED_SECTIONS: dict[str, type] = {
     "input": InputConfig,
     "optimizer": OptimizerConfig,
+    "validation": ValidationConfig,
     "train": TrainConfig,
     "wandb": WandbConfig,
 }
@@ -215,6 +229,7 @@ ORDER = (
     "optimizer",
     "schedule",
     "evaluator",
+    "validation",
     "train",
     "wandb",
     "init_from",
@@ -235,6 +250,7 @@ class Config:
     optimizer: OptimizerConfig
     schedule: PartConfig
     evaluator: PartConfig
+    validation: ValidationConfig
     train: TrainConfig
     wandb: WandbConfig
     init_from: str | None = None
@@ -263,7 +279,10 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         options = dict(options)
         return LossConfig(options.pop("name"), weight=options.pop("weight"), options=options)
 
-    fixed: dict[str, Any] = {name: cls(**values[name]) for name, cls in FIXED_SECTIONS.items()}
+    # A checkpoint of an earlier version has no section that came later.
+    fixed: dict[str, Any] = {
+        name: cls(**values.get(name, {})) for name, cls in FIXED_SECTIONS.items()
+    }
     parts: dict[str, Any] = {name: part(name) for name in (*PART_SECTIONS, "schedule")}
     return Config(
         **parts,

@@ -22,6 +22,8 @@ def announce(run: Run) -> None:
     config, embedder = run.config, run.embedder
     for line in statistics_table(run.dataset):
         logger.info("%s", line)
+    if run.validation is not run.dataset:
+        logger.info("%s", describe_held_out(run.validation))
     total, trained = count_parameters(run.model)
     frozen = f", {trained:,} of them trained" if trained != total else ""
     name = f"{config.backbone.name} + {config.head.name}"
@@ -56,6 +58,16 @@ def statistics_table(dataset: Dataset) -> list[str]:
     return [*lines, rule, *(f"note: {note}" for note in dataset.notes())]
 
 
+def describe_held_out(people: Dataset) -> str:
+    """A line on the training identities that are held out for validation."""
+    query, gallery = people.query, people.gallery
+    ids, images, _ = statistics([*query, *gallery])
+    return (
+        f"held out of training for validation: {ids:,} identities, {images:,} images "
+        f"({len(query):,} queries, {len(gallery):,} in the gallery)"
+    )
+
+
 def describe_step(figures: Mapping[str, float], batch: int, steps: int, epochs: int) -> str:
     """A log line of training."""
     terms = " ".join(
@@ -74,32 +86,37 @@ def describe_step(figures: Mapping[str, float], batch: int, steps: int, epochs: 
 _APART = {f"train/{name}" for name in TRAINING_FIGURES} - {"train/loss"}
 
 
-def describe_evaluation(figures: Mapping[str, Any], epoch: int) -> str:
-    """A log line of an evaluation during training."""
+def describe_evaluation(figures: Mapping[str, Any], epoch: int, what: str = "evaluation") -> str:
+    """A log line of an evaluation of the model of an epoch."""
     when = f"after epoch {epoch}" if epoch else "before training"
     blocks = _blocks(figures).items()
     parts = [f"{name.rstrip('/')} {_in_words(block)}".lstrip() for name, block in blocks]
-    return f"evaluation {when}: {'; '.join(parts)}"
+    return f"{what} {when}: {'; '.join(parts)}"
 
 
 def _in_words(figures: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {figures[key]:.2%}" for key in FIGURES if key in figures)
 
 
-def validation_figures(figures: Mapping[str, Any]) -> dict[str, float]:
-    """An evaluation's figures under the keys of metrics.jsonl and W&B."""
+def log_figures(prefix: str, figures: Mapping[str, Any]) -> dict[str, float]:
+    """An evaluation's figures under the keys of metrics.jsonl and W&B.
+
+    Args:
+        prefix: `val`, or `test` for what is evaluated once, at the end.
+        figures: What the evaluator gave.
+    """
     found = {
-        f"val/{name}{key}": block[key]
+        f"{prefix}/{name}{key}": block[key]
         for name, block in _blocks(figures).items()
         for key in FIGURES
         if key in block
     }
     verification = figures.get("verification")
     if verification:
-        found["val/eer"] = verification["eer"]
+        found[f"{prefix}/eer"] = verification["eer"]
         for kind in ("tar", "dir"):
             for entry in verification[f"{kind}_at_far"]:
-                found[f"val/{kind}_at_far_{entry['far']:g}"] = entry[kind]
+                found[f"{prefix}/{kind}_at_far_{entry['far']:g}"] = entry[kind]
     return found
 
 

@@ -32,7 +32,8 @@ from reidreg.optimizers import layer_scales, make_optimizer, make_schedule
 from reidreg.parsing import load_config
 from reidreg.schedules import Schedule
 from reidreg.transforms import train_transform
-from reidreg.values import Output
+from reidreg.validation import HeldOut, hold_out
+from reidreg.values import Output, Sample
 
 
 @dataclass
@@ -44,6 +45,8 @@ class Progress:
         batch: Steps done in the epoch under way.
         step: Steps done in all.
         evaluated: The last epoch that was evaluated, -1 if none was.
+        tested: The last epoch after which the best model met the test set, -1 if it did not;
+            with held-out identities alone.
         best: The best mAP so far, -1 if there is none.
         metrics: The last evaluation's figures.
     """
@@ -52,6 +55,7 @@ class Progress:
     batch: int = 0
     step: int = 0
     evaluated: int = -1
+    tested: int = -1
     best: float = -1.0
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -60,12 +64,14 @@ class Progress:
 class Run:
     """Everything that training holds, built from a configuration by `build_run`.
 
-    `network` is the model as training calls it, perhaps compiled; `average` is None without one,
-    and otherwise what `embedder` embeds with.
+    `validation` is what is evaluated as training goes: the held-out identities, or the data set
+    itself where none are held out. `network` is the model as training calls it, perhaps compiled;
+    `average` is None without one, and otherwise what `embedder` embeds with.
     """
 
     config: Config
     dataset: Dataset
+    validation: Dataset
     sampler: Sampler
     loader: TrainLoader
     model: Model
@@ -95,8 +101,11 @@ def build_run(config: Config) -> Run:
     dataset = DATASETS.build(config.dataset.name, **config.dataset.options)
     evaluator = EVALUATORS.build(config.evaluator.name, **config.evaluator.options)
     samples = training_samples(dataset)
-    labels = labels_of(samples)
     check_splits(dataset, evaluator)
+    validation: Dataset = dataset
+    if config.validation.identities:
+        samples, validation = hold_out_people(samples, config, evaluator)
+    labels = labels_of(samples)
 
     model = build_model(config, labels)
     embedder = make_embedder(model, labels, config)
@@ -133,6 +142,7 @@ def build_run(config: Config) -> Run:
     return Run(
         config=config,
         dataset=dataset,
+        validation=validation,
         sampler=sampler,
         loader=loader,
         model=model,
@@ -192,6 +202,24 @@ def check_splits(dataset: Dataset, evaluator: Evaluator) -> None:
             raise DataError(f"the {split} split holds no images, so nothing can be evaluated")
     for note in evaluator.check_ids(dataset.query, dataset.gallery):
         logger.info("note: %s", note)
+
+
+def hold_out_people(
+    samples: list[Sample], config: Config, evaluator: Evaluator
+) -> tuple[list[Sample], HeldOut]:
+    """As `hold_out`, for an evaluation that can succeed.
+
+    Raises:
+        ConfigError: There are too few identities.
+        DataError: No held-out person can be looked for, or the evaluator says so.
+    """
+    across = config.evaluator.options.get("same_camera") != "keep"
+    samples, people = hold_out(samples, config.validation, across_cameras=across)
+    try:
+        check_splits(people, evaluator)
+    except DataError as error:
+        raise DataError(f"validation.identities: {error}") from error
+    return samples, people
 
 
 def start_weights(run: Run, init_from: Checkpoint | None) -> None:

@@ -5,7 +5,9 @@ configuration -> parts -> batches -> Output -> losses -> step -> evaluation -> c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from torch import nn
 from reidreg.checkpoint import load_checkpoint, save_checkpoint
 from reidreg.config import Config
 from reidreg.data import loading_processes
-from reidreg.describe import announce, describe_evaluation, describe_step, validation_figures
+from reidreg.describe import announce, describe_evaluation, describe_step, log_figures
 from reidreg.devices import autocast
 from reidreg.errors import DataError, DeviceError, InterruptedRun
-from reidreg.evaluation import evaluate_dataset, write_metrics
+from reidreg.evaluation import evaluate_dataset, load_weights, write_metrics
 from reidreg.logs import MetricsLog, ProgressBar, log_to_file, logger, start_wandb
 from reidreg.optimizers import set_learning_rate
 from reidreg.run import Run, build_run, capture, restore, start_weights
@@ -29,6 +31,9 @@ from reidreg.values import Batch
 
 def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
     """Train a model, evaluating as it goes and at the end.
+
+    With `validation.identities` the evaluations are of held-out training identities, and the best
+    model of the run is evaluated on query and gallery when all is done.
 
     Args:
         config: What to train, from `load_config`.
@@ -106,6 +111,9 @@ def train(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals
             kept = folder.at_epoch(progress.epoch)
             save_checkpoint(capture(run, resumable=False), kept)
             logger.info("saved %s", kept)
+    if test_due(run):
+        evaluate_best(run, folder, metrics, signals)
+        save_checkpoint(capture(run), folder.last)
 
 
 def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
@@ -206,16 +214,44 @@ def evaluate_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: St
     """Evaluate the model as it is; keep it as `best` if it is."""
     progress = run.progress
     with signals.immediate(folder.saved()):
-        figures, _, _ = evaluate_dataset(run.embedder, run.evaluator, run.dataset)
+        figures, _, _ = evaluate_dataset(run.embedder, run.evaluator, run.validation)
+        if run.validation is not run.dataset:
+            figures = {**figures, "evaluated": "validation"}
     progress.metrics, progress.evaluated = figures, progress.epoch
     write_metrics(figures, folder.metrics)
-    metrics.write({"step": progress.step, "epoch": progress.epoch, **validation_figures(figures)})
+    metrics.write({"step": progress.step, "epoch": progress.epoch, **log_figures("val", figures)})
     logger.info("%s", describe_evaluation(figures, progress.epoch))
     if progress.epoch > 0 and figures["mAP"] > progress.best:
         progress.best = figures["mAP"]
         metrics.summarise({f"best/{key}": figures[key] for key in ("mAP", "mINP", "rank1")})
         save_checkpoint(capture(run, resumable=False), folder.best)
         logger.info("saved %s (best mAP so far)", folder.best)
+
+
+def test_due(run: Run) -> bool:
+    """Whether people were held out, so that the finished run has yet to see the test set."""
+    progress = run.progress
+    return run.validation is not run.dataset and progress.tested != progress.epoch
+
+
+def evaluate_best(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
+    """Evaluate the best model on query and gallery, once, after all choices are made."""
+    progress = run.progress
+    # A run that goes on from another folder's checkpoint may never have been better than that.
+    source = folder.best if folder.best.exists() else folder.last
+    with signals.immediate(folder.saved()):
+        checkpoint = load_checkpoint(source)
+        # A copy: the run's own model may be resumed, and building one anew would draw numbers.
+        model = copy.deepcopy(run.embedder.model)
+        load_weights(model, checkpoint.model)
+        embedder = replace(run.embedder, model=model)
+        figures, _, _ = evaluate_dataset(embedder, run.evaluator, run.dataset)
+    logged = log_figures("test", figures)
+    figures = {**figures, "evaluated": "test", "validation": checkpoint.metrics}
+    progress.metrics, progress.tested = figures, progress.epoch
+    write_metrics(figures, folder.metrics)
+    metrics.write({"step": progress.step, "epoch": progress.epoch, **logged})
+    logger.info("%s", describe_evaluation(figures, checkpoint.epoch, "test of the best model"))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

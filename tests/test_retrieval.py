@@ -12,7 +12,7 @@ import torch
 
 from reidreg import EVALUATORS, DataError, Embeddings, Sample, load_config
 from reidreg.bootstrap import bootstrap_intervals
-from reidreg.describe import describe_evaluation, evaluation_table, validation_figures
+from reidreg.describe import describe_evaluation, evaluation_table, log_figures
 from reidreg.errors import ConfigError
 from reidreg.ranking import match_positions
 from reidreg.singleshot import single_shot_positions
@@ -227,8 +227,8 @@ def test_figures_of_another_evaluator_are_shown_as_they_are() -> None:
 
 def test_the_log_has_verification_only_if_it_is_on() -> None:
     plain, more = evaluate(bootstrap=20), evaluate(verification=True, rerank=True, k1=5)
-    assert set(validation_figures(plain)) == {f"val/{key}" for key in FIGURES - {"cmc"}}
-    logged = validation_figures(more)
+    assert set(log_figures("val", plain)) == {f"val/{key}" for key in FIGURES - {"cmc"}}
+    logged = log_figures("val", more)
     assert logged["val/eer"] == more["verification"]["eer"]
     assert logged["val/tar_at_far_0.001"] == more["verification"]["tar_at_far"][1]["tar"]
     assert logged["val/reranked/mAP"] == more["reranked"]["mAP"]

@@ -83,6 +83,8 @@ def test_a_run_leaves_the_files_that_are_promised(tiny: Values) -> None:
     assert stored == figures
     assert {"mAP", "mINP", "rank1", "rank5", "rank10", "cmc"} <= stored.keys()
     assert {"num_queries", "num_valid_queries", "num_gallery"} <= stored.keys()
+    assert not {"evaluated", "validation"} & stored.keys(), "nobody was held out"
+    assert not any(key.startswith("test/") for line in lines_of(folder) for key in line)
     assert load_config(folder / "config.yaml").as_dict() == config.as_dict()
 
 
