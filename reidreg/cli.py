@@ -25,6 +25,7 @@ from reidreg.errors import (
     ReidregError,
     did_you_mean,
 )
+from reidreg.sweeps import Trial, ended_by_its_signal, flags_of_agent
 
 if TYPE_CHECKING:
     from reidreg.evaluation import Evaluation
@@ -115,12 +116,20 @@ a configuration names: add --config FILE to this --help to see them."""
 
 def fit_command(arguments: list[str]) -> int:
     """`reidreg fit`."""
+    trial = Trial.under_way()
+    if trial is None:
+        return _fit(arguments, None)
+    with ended_by_its_signal():
+        return _fit(arguments, trial)
+
+
+def _fit(arguments: list[str], trial: Trial | None) -> int:
     from reidreg.parsing import parse
 
     configs, flags = take_configs(arguments)
     config, own = parse(
         [*configs],
-        flags,
+        flags_of_agent(flags) if trial else flags,
         prog="reidreg fit",
         description=_FIT,
         commands={
@@ -135,16 +144,21 @@ def fit_command(arguments: list[str]) -> int:
             },
         },
     )
+    if trial:
+        config = trial.in_its_own_folder(config)
     if own["print_config"]:
         from reidreg.yamlfile import dump_yaml
 
         print(dump_yaml(config.as_dict()), end="")
         return 0
     from reidreg.describe import evaluation_table
-    from reidreg.logs import log_to_console
+    from reidreg.logs import log_to_console, logger
     from reidreg.training import fit
 
     log_to_console()
+    note = trial.unseen(config) if trial else None
+    if note:
+        logger.warning("note: %s", note)
     figures = fit(config, own["resume"])
     if figures:
         print("\n".join(evaluation_table(figures)))

@@ -19,6 +19,7 @@ from torch.utils.data import Sampler as TorchSampler
 
 from reidreg.errors import DataError
 from reidreg.interfaces import Dataset, Sampler
+from reidreg.lifeline import end_with_parent
 from reidreg.transforms import Transform
 from reidreg.values import Batch, Sample
 
@@ -277,6 +278,7 @@ def _unchanged(value: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
+    end_with_parent()
     if hasattr(os, "setpgrp"):
         # Ctrl-C goes to the whole process group, and so does what `timeout` sends; the run
         # finishes its step and needs its workers for that.

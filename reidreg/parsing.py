@@ -175,10 +175,12 @@ def shipped_configs() -> dict[str, Path]:
     package = Path(str(importlib.resources.files("reidreg")))
     # In a wheel they lie inside the package, in a checkout beside it.
     folder = next(p for p in (package / "configs", package.parent / "configs") if p.is_dir())
-    return {
+    found = {
         str(path.relative_to(folder).with_suffix("")): path
         for path in sorted(folder.rglob("*.yaml"))
     }
+    # Those of sweeps lie there too, but they are W&B's to read.
+    return {name: path for name, path in found.items() if not name.startswith("sweeps/")}
 
 
 def _read_layer(layer: Layer) -> dict[str, Any]:
