@@ -70,7 +70,10 @@ def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
             folder.metrics_log,
             run.progress.step,
             start_wandb(config, folder.root),
-            to_come=["val"] if evaluation_due(run) else [],
+            to_come=[
+                *(["val"] if evaluation_due(run) else []),
+                *(["test"] if test_due(run) else []),
+            ],
         )
         exit_code = 1
         try:

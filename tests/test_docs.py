@@ -39,7 +39,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Lines of other programs: what they may look like.
 FOREIGN = {
     "pip": r"pip install (--editable \.(\[\w+\])?|reidreg(\[\w+\])?)",
-    "wandb": r"wandb (login( --relogin)?|sync [\w./-]+/offline-run-\*|sweep configs/sweeps/\w+\.yaml|"
+    "wandb": r"wandb (login( --relogin)?|sync [\w./-]+/offline-run-\*|"
+    r"sweep configs/sweeps/\w+\.yaml|"
     r"agent( --count \d+| --max-consecutive-failed-runs \d+)* [\w-]+/[\w-]+/SWEEP_ID)",
     "unzip": r"unzip -n \S+\.zip -d \S+",
     "make": r"make (?P<target>[a-z]+)",

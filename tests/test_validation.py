@@ -207,19 +207,24 @@ def test_held_out_people_are_no_labels(finished: Path, aihub_root: Path) -> None
     assert f"held out of training for validation: {count} identities" in log
 
 
-def test_a_run_that_stopped_before_the_test_set_makes_up_for_it(
-    finished: Path, aihub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("logged", [False, True], ids=["before", "in"])
+def test_a_run_that_stopped_at_the_test_set_makes_up_for_it(
+    logged: bool, finished: Path, aihub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(aihub_root, tmp_path / "run")
 
+    real = training.evaluate_best
+
     def stop(*arguments: Any) -> None:
+        if logged:  # but no checkpoint knows of it
+            real(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "evaluate_best", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(config)
-    assert not met_the_test_set(tmp_path / "run")
+    assert len(met_the_test_set(tmp_path / "run")) == logged
     figures = fit(config, resume="auto")
     one, other = (
         load_checkpoint(folder / "checkpoints/last.ckpt") for folder in (finished, tmp_path / "run")
