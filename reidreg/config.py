@@ -18,6 +18,7 @@ Positive = Annotated[int, Interval(ge=1, le=1_000_000)]
 Pixels = Annotated[int, Interval(ge=1, le=4096)]
 Probability = Annotated[float, Interval(ge=0, le=1)]
 Weight = Annotated[float, Interval(ge=0, le=1_000_000)]
+CacheSetting = Literal["auto", "memory", "disk", "none"]
 _DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:\d+)?")
 
 
@@ -129,7 +130,11 @@ class TrainConfig:
         eval_untrained: Evaluate before the first epoch too, to see what training adds.
         checkpoint_every: Epochs between kept checkpoints; `last` is written every epoch.
         log_every: Steps between log lines.
-        workers: Processes that load images; auto is one for each core, at most 8.
+        workers: Processes that load images; auto is one for each core, at most 8. Training loads by
+            itself where its images are cached.
+        cache: Where decoded training images are kept, so that later epochs and other processes of
+            the machine need not decode them; auto is memory if they take no more than half of what
+            is available, else disk ($REIDREG_CACHE, or ~/.cache/reidreg) if there is room.
         eval_batch_size: Images in a batch of evaluation and extraction.
         precision: Of the backbone's arithmetic; auto is bf16 where the hardware has it, fp16 with a
             scaled loss on older CUDA cards, else fp32.
@@ -150,6 +155,7 @@ class TrainConfig:
     checkpoint_every: Positive = 40
     log_every: Positive = 20
     workers: Annotated[int, Interval(ge=0, le=1024)] | Literal["auto"] = "auto"
+    cache: CacheSetting = "auto"
     eval_batch_size: Positive = 128
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     compile: bool = False

@@ -1,31 +1,30 @@
-"""Samples to batches: labels, decoding, transforms, loaders."""
+"""Samples to batches on the device: labels, loading, views."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler as TorchSampler
 
+from reidreg.config import CacheSetting
 from reidreg.errors import DataError
+from reidreg.image_cache import ImageCache, count_cores, open_image_cache
+from reidreg.images import load_images
 from reidreg.interfaces import Dataset, Sampler
 from reidreg.lifeline import end_with_parent
-from reidreg.transforms import Transform
+from reidreg.transforms import Augmentation
 from reidreg.values import Batch, Sample
 
-# Crops are small; what is larger is a mistake or a bomb.
-MAX_PIXELS = 50_000_000
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+_MOST_WORKERS = 8  # more only wait for each other's memory
 
 
 @dataclass(frozen=True)
@@ -81,37 +80,195 @@ def statistics(samples: Sequence[Sample]) -> tuple[int, int, int]:
     return len(pids), len(samples), len({sample.camid for sample in samples})
 
 
-# --------------------------------------------------------------------- images
+# --------------------------------------------------------------------- training
 
 
-def read_image(path: str) -> Image.Image:
-    """Decode an image file to 8-bit RGB.
+class TrainLoader:
+    """Augmented batches of a training epoch on the device, from any step on.
+
+    What a batch looks like depends on the seed, the epoch and its position alone: not on how many
+    processes load, where images are cached, the device, or how many processes train. Those that
+    train together draw the views of the whole global batch and each takes its own share.
+
+    Args:
+        samples: The train split.
+        labels: Its numbering.
+        sampler: What makes up the batches of this process.
+        augmentation: How images are looked at.
+        seed: Of the views.
+        device: Where the batches go.
+        workers: Loading processes; 0 loads in this one. With a cache there are none.
+        cache: Where decoded images are kept, as `open_image_cache` takes it.
+        rank: Which of the processes that train together this is.
+        world_size: How many train together.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        labels: Labels,
+        sampler: Sampler,
+        augmentation: Augmentation,
+        *,
+        seed: int,
+        device: torch.device,
+        workers: int,
+        cache: CacheSetting = "none",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._paths = [sample.path for sample in samples]
+        self._pids = torch.tensor(labels.pid_labels(samples))
+        self._camids = torch.tensor(labels.camera_indices(samples))
+        self._plan = _Plan(sampler)
+        self._augmentation = augmentation
+        self._seed = seed
+        self._device = device
+        self._workers = workers
+        self._cache_setting = cache
+        self._rank, self._world_size = rank, world_size
+        self._cache: ImageCache | None = None
+        self._loader: DataLoader[Any] | None = None
+
+    def prepare(self) -> None:
+        """Fill the cache, if there is to be one; a second call changes nothing.
+
+        Raises:
+            ConfigError: There is no room for it.
+            DataError: An image cannot be read.
+        """
+        if self._cache is not None or self._loader is not None:
+            return
+        size = self._augmentation.config.size
+        self._cache = open_image_cache(self._cache_setting, self._paths, size)
+        if self._cache is None:
+            images = _Images(self._paths, size)
+            pin = self._device.type == "cuda"
+            self._loader = _loader(images, self._plan, self._workers, pin)
+
+    @property
+    def workers(self) -> int:
+        """How many processes load, as is known once the loader is prepared."""
+        return self._workers if self._cache is None else 0
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from 0, beginning with the given one.
+
+        Raises:
+            ConfigError: There is no room for the cache.
+            DataError: An image cannot be read.
+        """
+        self.prepare()
+        self._plan.sampler.set_epoch(epoch)
+        self._plan.start = start
+        if self._device.type == "cuda":
+            return _one_ahead(self._batches(epoch, start), self._device)
+        return self._batches(epoch, start)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        pixels = zip(self._pixels(), self._plan, strict=True)
+        for position, (images, indices) in enumerate(pixels, start=start):
+            count = len(indices)
+            key = (self._seed, epoch, position)
+            views = self._augmentation.draw(count * self._world_size, key)
+            own = views[self._rank * count : (self._rank + 1) * count]
+            on_device = images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            yield Batch(
+                self._augmentation(on_device, own),
+                self._to_device(self._pids[indices]),
+                self._to_device(self._camids[indices]),
+            )
+
+    def _pixels(self) -> Iterator[Tensor]:
+        """The batches' images on the host, (B, H, W, 3) uint8."""
+        if self._cache is None:
+            assert self._loader is not None
+            yield from _passed_on(self._loader)
+        else:
+            for indices in self._plan:
+                yield self._cache.take(indices, pin=self._device.type == "cuda")
+
+    def _to_device(self, ids: Tensor) -> Tensor:
+        if self._device.type == "cuda":  # from pinned memory, without waiting
+            ids = ids.pin_memory()
+        return ids.to(self._device, non_blocking=True)
+
+
+class _Plan(TorchSampler[list[int]]):
+    """The batches of an epoch that are still to come."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(self.sampler, self.start, None)
+
+    def __len__(self) -> int:
+        return len(self.sampler) - self.start
+
+
+def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches that are brought to a CUDA device while the step before still computes.
+
+    Copies and augmentation go to a stream of their own; the host waits for neither.
+    """
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    waiting: tuple[Batch, torch.cuda.Event] | None = None
+    while True:
+        with torch.cuda.stream(stream):
+            batch = next(batches, None)
+            made = stream.record_event()
+        if waiting is not None:
+            yield _handed_over(*waiting, device)
+        if batch is None:
+            return
+        waiting = (batch, made)
+
+
+def _handed_over(batch: Batch, made: torch.cuda.Event, device: torch.device) -> Batch:
+    """A batch that the current stream may use, made on another."""
+    current = torch.cuda.current_stream(device)
+    current.wait_event(made)
+    for tensor in (batch.images, batch.pids, batch.camids):
+        # Its memory is not to be used again by the other stream before this one is done with it.
+        tensor.record_stream(current)
+    return batch
+
+
+# --------------------------------------------------------------------- evaluation
+
+
+def eval_loader(
+    samples: Sequence[Sample],
+    size: tuple[int, int],
+    *,
+    batch_size: int,
+    workers: int,
+    pin: bool,
+) -> Iterator[Tensor]:
+    """Images in order, a batch at a time, (B, 3, H, W) uint8 in channels_last on the host.
+
+    Args:
+        samples: The images.
+        size: Height and width.
+        batch_size: Images in a batch; the last may have fewer.
+        workers: Loading processes; 0 loads in this one.
+        pin: Use pinned memory, for a CUDA device.
 
     Raises:
-        DataError: The file is missing, empty, truncated, not a JPEG, PNG, BMP or WebP, or larger
-            than 50 million pixels.
+        DataError: An image cannot be read.
     """
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of what we refuse, and of palettes that it converts all the same.
-            warnings.simplefilter("ignore")
-            return _decode(path)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: the image is gone") from error
-    # Pillow raises these for damaged files, SyntaxError for some broken PNGs among them.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0].replace(f" '{path}'", "")
-        raise DataError(f"{path}: cannot be decoded ({reason})") from error
+    images = _Images([sample.path for sample in samples], size)
+    indices = range(len(samples))
+    plan = [list(indices[i : i + batch_size]) for i in indices[::batch_size]]
+    # Starting processes costs more than a few batches.
+    workers = min(workers, len(plan)) if len(plan) > 2 else 0
+    for batch in _passed_on(_loader(images, plan, workers, pin, persistent=False)):
+        yield batch.permute(0, 3, 1, 2)
 
 
-def _decode(path: str) -> Image.Image:
-    with Image.open(path, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(f"{path}: {image.width} x {image.height} pixels are no crop")
-        if image.mode.startswith("I;16"):
-            # convert() would clip 16 bits to white.
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+# --------------------------------------------------------------------- loading processes
 
 
 @dataclass(frozen=True)
@@ -125,105 +282,17 @@ class _Failure:
 
 
 class _Images(TorchDataset[Any]):
-    """Whole batches of transformed images, by lists of (index, seed)."""
+    """Whole batches of decoded, resized images, (B, H, W, 3) uint8, by lists of indices."""
 
-    def __init__(self, paths: Sequence[str], transform: Transform) -> None:
+    def __init__(self, paths: Sequence[str], size: tuple[int, int]) -> None:
         self.paths = list(paths)
-        self.transform = transform
+        self.size = size
 
-    def __getitem__(self, items: list[tuple[int, int]]) -> Tensor | _Failure:
+    def __getitem__(self, indices: list[int]) -> Tensor | _Failure:
         try:
-            return torch.stack([self._view(index, seed) for index, seed in items])
+            return load_images([self.paths[index] for index in indices], self.size)
         except DataError as error:
             return _Failure(error)
-
-    def _view(self, index: int, seed: int) -> Tensor:
-        # A seed for each view makes it the same in any process, in any order, after any resume.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.transform(read_image(self.paths[index]))
-
-
-class _Plan(TorchSampler[list[tuple[int, int]]]):
-    """The batches of an epoch that are still to come, each image with its seed."""
-
-    def __init__(self, sampler: Sampler, seed: int) -> None:
-        self.sampler = sampler
-        self.seed = seed
-        self.start = 0
-
-    def batches(self) -> Iterator[list[int]]:
-        for position, batch in enumerate(self.sampler):
-            if position >= self.start:
-                yield batch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for position, batch in enumerate(self.batches(), start=self.start):
-            key = np.random.SeedSequence((self.seed, self.sampler.epoch, position))
-            seeds = key.generate_state(len(batch), np.uint64) >> np.uint64(1)
-            yield list(zip(batch, seeds.tolist(), strict=True))
-
-    def __len__(self) -> int:
-        return len(self.sampler) - self.start
-
-
-class TrainLoader:
-    """Batches of a training epoch, from any step on.
-
-    Args:
-        samples: The train split.
-        labels: Its numbering.
-        sampler: What makes up the batches.
-        transform: Image to tensor, random.
-        seed: Of the transforms.
-        workers: Loading processes; 0 loads in this one.
-        pin: Use pinned memory, for a CUDA device.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        labels: Labels,
-        sampler: Sampler,
-        transform: Transform,
-        *,
-        seed: int,
-        workers: int,
-        pin: bool,
-    ) -> None:
-        self._pids = torch.tensor(labels.pid_labels(samples))
-        self._camids = torch.tensor(labels.camera_indices(samples))
-        self._plan = _Plan(sampler, seed)
-        paths = [sample.path for sample in samples]
-        self._loader = _loader(_Images(paths, transform), self._plan, workers, pin)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from 0, beginning with the given one.
-
-        Raises:
-            DataError: An image cannot be read.
-        """
-        self._plan.sampler.set_epoch(epoch)
-        self._plan.start = start
-        batches = zip(_passed_on(self._loader), self._plan.batches(), strict=True)
-        for images, indices in batches:
-            yield Batch(images, self._pids[indices], self._camids[indices])
-
-
-def eval_loader(
-    samples: Sequence[Sample], transform: Transform, *, batch_size: int, workers: int, pin: bool
-) -> Iterator[Tensor]:
-    """Images in order, (B, 3, H, W) a batch.
-
-    Raises:
-        DataError: An image cannot be read.
-    """
-    paths = [sample.path for sample in samples]
-    items = [(index, 0) for index in range(len(paths))]
-    plan = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-    # Starting processes costs more than a few batches.
-    workers = min(workers, len(plan)) if len(plan) > 2 else 0
-    yield from _passed_on(_loader(_Images(paths, transform), plan, workers, pin, persistent=False))
 
 
 def _loader(
@@ -287,7 +356,11 @@ def _start_worker(worker: int) -> None:
 
 
 def count_workers(setting: int | str) -> int:
-    """The number of loading processes that `train.workers` means."""
+    """The number of loading processes that `train.workers` means, in each process that trains.
+
+    auto shares the cores among the processes that torchrun started on this machine.
+    """
     if isinstance(setting, int):
         return setting
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 8)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(count_cores() // local, 1), _MOST_WORKERS)

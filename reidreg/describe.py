@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reidreg.config import TRAINING_FIGURES, advice
-from reidreg.data import count_workers, statistics
+from reidreg.data import statistics
 from reidreg.interfaces import Dataset
 from reidreg.logs import logger
 from reidreg.model import count_parameters
@@ -39,7 +39,7 @@ def announce(run: Run) -> None:
         width,
         str(embedder.dtype).removeprefix("torch."),
         embedder.device,
-        count_workers(config.train.workers),
+        run.loader.workers,
     )
     for line in advice(config):
         logger.warning("note: %s", line)

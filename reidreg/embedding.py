@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from reidreg.devices import autocast, choose_device, choose_precision
 from reidreg.errors import DataError
 from reidreg.logs import ProgressBar
 from reidreg.model import Model
-from reidreg.transforms import Transform, eval_transform
+from reidreg.transforms import Normalisation
 from reidreg.values import Embeddings, Sample
 
 
@@ -40,12 +41,12 @@ class Embedder:
     batch_size: int
     workers: int
 
-    @property
-    def transform(self) -> Transform:
-        """What makes an image the model's input."""
+    @functools.cached_property
+    def normalisation(self) -> Normalisation:
+        """What makes pixels the model's input."""
         if self.input.mean is None or self.input.std is None:
             raise ValueError("the input's mean and std are resolved by resolve_input")
-        return eval_transform(self.input, self.input.mean, self.input.std)
+        return Normalisation(self.input.mean, self.input.std)
 
     def embed(self, samples: Sequence[Sample], what: str) -> Embeddings:
         """The features of images, in order, on the CPU.
@@ -65,7 +66,7 @@ class Embedder:
         features, done = torch.empty(0), 0
         batches = eval_loader(
             samples,
-            self.transform,
+            self.input.size,
             batch_size=self.batch_size,
             workers=self.workers,
             pin=self.device.type == "cuda",
@@ -93,14 +94,14 @@ class Embedder:
         where the metric is cosine.
 
         Args:
-            images: (B, 3, H, W) float, normalised, anywhere.
+            images: (B, 3, H, W) uint8 in RGB, of the input's size, anywhere.
             camids: (B,) camera indices, or None for unknown ones.
 
         Returns:
             (B, D) float32 on the CPU.
         """
         cuda = self.device.type == "cuda"  # from pinned memory, without waiting
-        images = images.to(self.device, non_blocking=cuda, memory_format=torch.channels_last)
+        images = self.normalisation(images.to(self.device, non_blocking=cuda))
         if camids is not None:
             camids = camids.to(self.device)
         with autocast(self.device, self.dtype):

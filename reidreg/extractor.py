@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from reidreg.data import read_image
 from reidreg.errors import DataError
 from reidreg.evaluation import open_checkpoint, restore_embedder
+from reidreg.images import read_pixels, stack_resized
 from reidreg.thresholds import stored_threshold
 
 Crop = str | Path | Image.Image | NDArray[np.uint8]
@@ -66,19 +66,21 @@ class FeatureExtractor:
         """
         if not len(crops):
             return torch.empty(0, self._width)
-        transform, size = self._embedder.transform, self._embedder.batch_size
+        size, count = self._embedder.input.size, self._embedder.batch_size
         features = []
-        for start in range(0, len(crops), size):
-            views = [transform(_image(crop)) for crop in crops[start : start + size]]
-            features.append(self._embedder.features(torch.stack(views)))
+        for start in range(0, len(crops), count):
+            some = crops[start : start + count]
+            images = stack_resized(map(_pixels, some), len(some), size)
+            features.append(self._embedder.features(images.permute(0, 3, 1, 2)))
         return torch.nn.functional.normalize(torch.cat(features))
 
 
-def _image(crop: Crop) -> Image.Image:
+def _pixels(crop: Crop) -> Tensor:
+    """A crop as (3, H, W) uint8 in RGB."""
     if isinstance(crop, (str, Path)):
-        return read_image(str(crop))
+        return read_pixels(str(crop))
     if isinstance(crop, Image.Image):
-        return crop.convert("RGB")
+        crop = np.array(crop.convert("RGB"))
     if crop.dtype != np.uint8 or crop.ndim != 3 or crop.shape[2] != 3 or 0 in crop.shape:
         raise DataError(f"a crop is (H, W, 3) uint8 in RGB, got {crop.dtype} {crop.shape}")
-    return Image.fromarray(np.ascontiguousarray(crop))
+    return torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)

@@ -31,7 +31,7 @@ from reidreg.objective import Objective, build_objective
 from reidreg.optimizers import layer_scales, make_optimizer, make_schedule
 from reidreg.parsing import load_config
 from reidreg.schedules import Schedule
-from reidreg.transforms import train_transform
+from reidreg.transforms import Augmentation
 from reidreg.validation import HeldOut, hold_out
 from reidreg.values import Output, Sample
 
@@ -129,15 +129,15 @@ def build_run(config: Config) -> Run:
     if len(sampler) == 0:
         raise DataError(f"sampler {config.sampler.name}: not one batch fits into an epoch")
     check_parts(config, objective)
-    assert embedder.input.mean is not None and embedder.input.std is not None
     loader = TrainLoader(
         samples,
         labels,
         sampler,
-        train_transform(embedder.input, embedder.input.mean, embedder.input.std),
+        Augmentation(embedder.input, embedder.normalisation),
         seed=config.train.seed,
+        device=embedder.device,
         workers=count_workers(config.train.workers),
-        pin=embedder.device.type == "cuda",
+        cache=config.train.cache,
     )
     return Run(
         config=config,

@@ -65,6 +65,8 @@ def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
             if aside is not None:
                 logger.info("files of an earlier run are now in %s", aside)
         folder.write_config(config)
+        with signals.immediate(folder.saved()):
+            run.loader.prepare()
         announce(run)
         metrics = MetricsLog(
             folder.metrics_log,
@@ -130,7 +132,6 @@ def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopS
         bar.report(progress.batch, steps)
         meter.resume_clock()
         for batch in run.loader.epoch(progress.epoch, start=progress.batch):
-            batch = to_device(batch, run.embedder.device)
             train_step(run, batch)
 
             # -------------------- once in a while --------------------
@@ -255,13 +256,3 @@ def evaluate_best(run: Run, folder: RunFolder, metrics: MetricsLog, signals: Sto
     write_metrics(figures, folder.metrics)
     metrics.write({"step": progress.step, "epoch": progress.epoch, **logged})
     logger.info("%s", describe_evaluation(figures, checkpoint.epoch, "test of the best model"))
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch on a device, its images in the layout that convolutions like."""
-    cuda = device.type == "cuda"  # from pinned memory, without waiting
-    return Batch(
-        batch.images.to(device, non_blocking=cuda, memory_format=torch.channels_last),
-        batch.pids.to(device, non_blocking=cuda),
-        batch.camids.to(device, non_blocking=cuda),
-    )

@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from reidreg.data import read_image
 from reidreg.errors import DataError
+from reidreg.images import read_image
 from reidreg.report.figures import NAMES, is_number
 from reidreg.report.galleries import RankedQuery
 

@@ -1,0 +1,178 @@
+"""Image files to 8-bit RGB pixels, and to the one size that a model takes.
+
+JPEGs of the usual kinds are decoded by torchvision, which takes half of Pillow's time; whatever is
+not plainly one of them, or fails, is Pillow's to decode or to refuse. Both are built on
+libjpeg-turbo and give the same pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from reidreg.errors import DataError
+
+# Crops are small; what is larger is a mistake or a bomb.
+MAX_PIXELS = 50_000_000
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+_MAX_BYTES = 2**24  # of files that are read whole; larger ones are Pillow's
+
+# Markers of a JPEG: frames of Huffman-coded baseline, extended and progressive images, and the
+# segments that may stand before them (tables, restart interval, applications' data, comments).
+_FRAMES = (0xC0, 0xC1, 0xC2)
+_SEGMENTS = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
+
+
+def read_image(path: str) -> Image.Image:
+    """Decode an image file to an 8-bit RGB image of Pillow's.
+
+    Raises:
+        DataError: As `read_pixels`.
+    """
+    return Image.fromarray(read_pixels(path).permute(1, 2, 0).numpy())
+
+
+def read_pixels(path: str) -> Tensor:
+    """Decode an image file.
+
+    Returns:
+        (3, H, W) uint8 in RGB; the channels of a pixel lie side by side in memory.
+
+    Raises:
+        DataError: The file is missing, empty, truncated, not a JPEG, PNG, BMP or WebP, or larger
+            than 50 million pixels.
+    """
+    return _decode(path, _read(path))
+
+
+def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize by antialiased bilinear interpolation in integers, as Pillow does, to one grey level.
+
+    Args:
+        pixels: (3, H, W) uint8.
+        size: Height and width.
+
+    Returns:
+        (3, *size) uint8.
+    """
+    # One image in channels_last, also by its strides, for which torch has its fastest kernel.
+    image = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return functional.interpolate(image, size, mode="bilinear", antialias=True)[0]
+
+
+def load_images(paths: Sequence[str], size: tuple[int, int]) -> Tensor:
+    """Decode and resize image files.
+
+    Args:
+        paths: The files.
+        size: Height and width.
+
+    Returns:
+        (B, H, W, 3) uint8 in RGB.
+
+    Raises:
+        DataError: One cannot be read.
+    """
+    # All are read before any is decoded: a system call leaves a core slow for a while.
+    contents = [_read(path) for path in paths]
+    return stack_resized(map(_decode, paths, contents), len(paths), size)
+
+
+def stack_resized(images: Iterable[Tensor], count: int, size: tuple[int, int]) -> Tensor:
+    """Resize images of any sizes into one array.
+
+    Args:
+        images: (3, H, W) uint8 each.
+        count: How many they are.
+        size: Height and width.
+
+    Returns:
+        (count, H, W, 3) uint8.
+    """
+    stack = torch.empty(count, *size, 3, dtype=torch.uint8)
+    for place, image in zip(stack, images, strict=True):
+        place.copy_(resize(image, size).permute(1, 2, 0))
+    return stack
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Turn what goes wrong with a file into a DataError that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: the image is gone") from error
+    # Pillow raises these for damaged files, SyntaxError for some broken PNGs among them.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = text.splitlines()[0].replace(f" '{path}'", "")
+        raise DataError(f"{path}: cannot be decoded ({reason})") from error
+
+
+def _read(path: str) -> bytearray:
+    """A file's bytes; of one that is too large to be a crop's, none."""
+    with _named(path):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            size = os.fstat(descriptor).st_size
+            # A file that grows meanwhile is cut, and does not end as a JPEG does.
+            return bytearray(os.read(descriptor, size) if size <= _MAX_BYTES else b"")
+        finally:
+            os.close(descriptor)
+
+
+def _decode(path: str, content: bytearray) -> Tensor:
+    if _is_plain_jpeg(content):
+        coded = torch.frombuffer(content, dtype=torch.uint8)
+        # What is damaged is Pillow's, which may have a better word for it.
+        with contextlib.suppress(RuntimeError):
+            pixels: Tensor = decode_jpeg(coded, ImageReadMode.RGB)
+            return pixels
+    with _named(path):
+        return _by_pillow(path)
+
+
+def _is_plain_jpeg(content: bytearray) -> bool:
+    """Whether this is a whole JPEG, of a kind and size that torchvision decodes as Pillow does.
+
+    libjpeg fills what a truncated file lacks with grey and only warns, so the last bytes have to
+    be the end marker: in coded pixels it cannot occur. A thumbnail has one too, but stands before
+    the frame, and a file cut there has no frame.
+    """
+    if content[:2] != b"\xff\xd8" or content[-2:] != b"\xff\xd9":
+        return False
+    place = 2
+    while place + 10 <= len(content) and content[place] == 0xFF:
+        marker = content[place + 1]
+        if marker in _FRAMES:
+            height = int.from_bytes(content[place + 5 : place + 7], "big")
+            width = int.from_bytes(content[place + 7 : place + 9], "big")
+            depth, channels = content[place + 4], content[place + 9]
+            return depth == 8 and channels in (1, 3) and 0 < height * width <= MAX_PIXELS
+        if marker not in _SEGMENTS:
+            return False
+        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+    return False
+
+
+def _by_pillow(path: str) -> Tensor:
+    with warnings.catch_warnings():
+        # Pillow warns of what we refuse, and of palettes that it converts all the same.
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{path}: {image.width} x {image.height} pixels are no crop")
+            if image.mode.startswith("I;16"):
+                # convert() would clip 16 bits to white.
+                grey = (np.asarray(image) >> 8).astype(np.uint8)
+                return torch.from_numpy(grey).expand(3, -1, -1)
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
