@@ -26,11 +26,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 
 from reidreg import DATASETS, SAMPLERS, load_plugins, synthesize
@@ -184,15 +184,14 @@ def stages(paths: list[str], size: tuple[int, int], repeats: int) -> None:
     show("stack", repeats, lambda: torch.stack(images[:BATCH]), some[:BATCH])
 
     print(f"\n{'ours':<34} us/image")
-    files = [bytearray(Path(path).read_bytes()) for path in some]
-    coded = [torch.frombuffer(content, dtype=torch.uint8) for content in files]
+    files = [Path(path).read_bytes() for path in some]
     pixels = [read_pixels(path) for path in some]
     show("read, check, decode", repeats, lambda: [read_pixels(path) for path in some], some)
     show("  of which read", repeats, lambda: [read(path) for path in some], some)
     show(
         "  of which decode",
         repeats,
-        lambda: [decode_jpeg(content, ImageReadMode.RGB) for content in coded],
+        lambda: [simplejpeg.decode_jpeg(content, "RGB") for content in files],
         some,
     )
     show("resize", repeats, lambda: [resize(image, size) for image in pixels], some)

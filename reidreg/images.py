@@ -1,8 +1,8 @@
 """Image files to 8-bit RGB pixels, and to the one size that a model takes.
 
-JPEGs of the usual kinds are decoded by torchvision, which takes half of Pillow's time; whatever is
-not plainly one of them, or fails, is Pillow's to decode or to refuse. Both are built on
-libjpeg-turbo and give the same pixels.
+JPEGs are decoded by simplejpeg, which takes a third of Pillow's time and, unlike Pillow, tells what
+libjpeg only warns of: what a damaged file lacks would otherwise be grey in silence. Everything else
+is Pillow's to decode or to refuse. Both are built on libjpeg-turbo and give the same pixels.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from reidreg.errors import DataError
 
@@ -25,11 +25,6 @@ from reidreg.errors import DataError
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 _MAX_BYTES = 2**24  # of files that are read whole; larger ones are Pillow's
-
-# Markers of a JPEG: frames of Huffman-coded baseline, extended and progressive images, and the
-# segments that may stand before them (tables, restart interval, applications' data, comments).
-_FRAMES = (0xC0, 0xC1, 0xC2)
-_SEGMENTS = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
 
 
 def read_image(path: str) -> Image.Image:
@@ -118,50 +113,41 @@ def _named(path: str) -> Iterator[None]:
         raise DataError(f"{path}: cannot be decoded ({reason})") from error
 
 
-def _read(path: str) -> bytearray:
+def _read(path: str) -> bytes:
     """A file's bytes; of one that is too large to be a crop's, none."""
     with _named(path):
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
             size = os.fstat(descriptor).st_size
-            # A file that grows meanwhile is cut, and does not end as a JPEG does.
-            return bytearray(os.read(descriptor, size) if size <= _MAX_BYTES else b"")
+            return os.read(descriptor, size) if size <= _MAX_BYTES else b""
         finally:
             os.close(descriptor)
 
 
-def _decode(path: str, content: bytearray) -> Tensor:
-    if _is_plain_jpeg(content):
-        coded = torch.frombuffer(content, dtype=torch.uint8)
-        # What is damaged is Pillow's, which may have a better word for it.
-        with contextlib.suppress(RuntimeError):
-            pixels: Tensor = decode_jpeg(coded, ImageReadMode.RGB)
-            return pixels
+def _decode(path: str, content: bytes) -> Tensor:
     with _named(path):
+        if content.startswith(b"\xff\xd8"):
+            pixels = _by_simplejpeg(content)
+            if pixels is not None:
+                return pixels
         return _by_pillow(path)
 
 
-def _is_plain_jpeg(content: bytearray) -> bool:
-    """Whether this is a whole JPEG, of a kind and size that torchvision decodes as Pillow does.
+def _by_simplejpeg(content: bytes) -> Tensor | None:
+    """A JPEG's pixels, or None if it is one for Pillow to judge.
 
-    libjpeg fills what a truncated file lacks with grey and only warns, so the last bytes have to
-    be the end marker: in coded pixels it cannot occur. A thumbnail has one too, but stands before
-    the frame, and a file cut there has no frame.
+    Raises:
+        ValueError: The coded pixels end before the image does; the rest would be grey.
     """
-    if content[:2] != b"\xff\xd8" or content[-2:] != b"\xff\xd9":
-        return False
-    place = 2
-    while place + 10 <= len(content) and content[place] == 0xFF:
-        marker = content[place + 1]
-        if marker in _FRAMES:
-            height = int.from_bytes(content[place + 5 : place + 7], "big")
-            width = int.from_bytes(content[place + 7 : place + 9], "big")
-            depth, channels = content[place + 4], content[place + 9]
-            return depth == 8 and channels in (1, 3) and 0 < height * width <= MAX_PIXELS
-        if marker not in _SEGMENTS:
-            return False
-        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    return False
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if colours == "CMYK" or height * width > MAX_PIXELS:
+            return None
+        return torch.from_numpy(simplejpeg.decode_jpeg(content, "RGB")).permute(2, 0, 1)
+    except ValueError as error:
+        if "premature end of data" in str(error):
+            raise
+        return None
 
 
 def _by_pillow(path: str) -> Tensor:

@@ -208,7 +208,7 @@ def _rows(images: Tensor) -> Tensor:
 
 def _images(rows: Tensor) -> Tensor:
     """The inverse of `_rows`, (B, 3, H, W) in channels_last; always a view."""
-    return rows.view(*rows.shape[:2], -1, 3).permute(0, 3, 1, 2)
+    return rows.view(*rows.shape[:2], rows.shape[2] // 3, 3).permute(0, 3, 1, 2)
 
 
 def _on_cpu(tensor: Tensor) -> bool:
