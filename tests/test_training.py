@@ -134,6 +134,7 @@ def test_resuming_after_an_epoch_is_the_same_run_bit_for_bit(
 ) -> None:
     common = {
         "train__workers": workers,
+        "train__cache": "none",
         "losses__center__name": "center",
         "losses__center__weight": 0.0005,
         "train__eval_every": 1,
@@ -183,6 +184,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch_and_the_run_goes_on_to_the_sam
         "train.epochs": 3,
         "train.log_every": 2,
         "train.workers": 2,
+        "train.cache": "none",
     }
     fit(load_config("aihub_kaist", flags=as_flags({**values, "output_dir": tmp_path / "whole"})))
     values["output_dir"] = str(tmp_path / "stopped")
@@ -203,6 +205,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch_and_the_run_goes_on_to_the_sam
 # What a resume has to bring back besides weights, optimizer and place.
 EVERYTHING = {
     "train.workers": 2,
+    "train.cache": "none",
     "train.ema_decay": 0.99,
     "losses.center.name": "center",
     "losses.center.weight": 0.0005,
@@ -556,7 +559,7 @@ def test_a_damaged_image_stops_the_run_with_its_name(tiny: Values, tmp_path: Pat
     shutil.copytree(tiny["dataset.root"], root)
     victim = next((root / "aihub_kaist/bounding_box_train_1").glob("*.jpg"))
     victim.write_bytes(victim.read_bytes()[:200])
-    config = configure(tiny, dataset__root=str(root), train__workers=2)
+    config = configure(tiny, dataset__root=str(root), train__workers=2, train__cache="none")
     with pytest.raises(DataError, match=victim.name) as caught:
         fit(config)
     assert "\n" not in str(caught.value)
@@ -598,6 +601,7 @@ def test_a_gpu_run_learns_and_resumes(tiny: Values) -> None:
             train__device="cuda",
             train__precision=precision,
             train__workers=2,
+            train__cache="none",
             output_dir=f"{tiny['output_dir']}-{precision}",
             losses__center__name="center",
             losses__center__weight=0.0005,
@@ -610,7 +614,7 @@ def test_a_gpu_run_learns_and_resumes(tiny: Values) -> None:
 
 
 def test_no_process_is_left_behind_by_a_signal(tiny: Values) -> None:
-    values = {**tiny, "train.epochs": 50, "train.workers": 2}
+    values = {**tiny, "train.epochs": 50, "train.workers": 2, "train.cache": "none"}
     process = interrupted(values, signal.SIGTERM, "epoch 1/50 step 2/")
     process.communicate(timeout=60)
     listed = subprocess.run(
@@ -620,7 +624,7 @@ def test_no_process_is_left_behind_by_a_signal(tiny: Values) -> None:
 
 
 def test_a_signal_to_the_whole_process_group_ends_as_cleanly(tiny: Values, tmp_path: Path) -> None:
-    values = {**tiny, "train.epochs": 50, "train.workers": 2}
+    values = {**tiny, "train.epochs": 50, "train.workers": 2, "train.cache": "none"}
     process = subprocess.Popen(
         [sys.executable, "-m", "reidreg", "fit", "--config", "aihub_kaist", *as_flags(values)],
         stdout=subprocess.PIPE,
@@ -639,7 +643,7 @@ def test_a_signal_to_the_whole_process_group_ends_as_cleanly(tiny: Values, tmp_p
 
 
 def test_a_loading_process_that_dies_is_named_in_one_line(tiny: Values) -> None:
-    values = {**tiny, "train.epochs": 50, "train.workers": 1}
+    values = {**tiny, "train.epochs": 50, "train.workers": 1, "train.cache": "none"}
     process = interrupted(values, signal.SIGCONT, "epoch 1/50 step 2/")
     listed = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
