@@ -467,13 +467,18 @@ NULL_IS_FINE = {
     "losses.triplet.margin",
     "optimizer.betas",
     "optimizer.bias_weight_decay",
+    "optimizer.clip_norm",
+    "optimizer.layer_decay",
     "optimizer.momentum",
     "wandb.entity",
     "wandb.name",
 }
 SORTS: dict[str, type] = {
     **{key: list for key in ("input.mean", "input.std", "optimizer.betas")},
-    **{key: float for key in ("optimizer.bias_weight_decay", "optimizer.momentum")},
+    **{
+        f"optimizer.{key}": float
+        for key in ("bias_weight_decay", "clip_norm", "layer_decay", "momentum")
+    },
     **{key: str for key in ("init_from", "wandb.entity", "wandb.name")},
 }
 # Of several sorts: a folder or a list of them, a number or auto.
