@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from reidreg.checkpoint import digest_of
+from reidreg.distributed import broadcast, world
 from reidreg.embedding import Embedder, embeddings_of
 from reidreg.files import PRIVATE, replacing
 from reidreg.logs import logger
@@ -65,19 +66,29 @@ class FeatureCache:
             samples: The images.
             what: The split's name, which the file's name begins with.
         """
+        key, kept = self._look(samples, what) if world().is_main else (None, None)
+        if broadcast(kept is not None):
+            return embeddings_of(samples, kept) if kept is not None else _nothing()
+        found = self.embedder.embed(samples, what)
+        if key is not None:
+            self._write(self._path(key, what), key, found.features)
+        return found
+
+    def _look(self, samples: Sequence[Sample], what: str) -> tuple[str | None, Tensor | None]:
+        """The key of images, if they have one, and the features that are kept under it, if any."""
         try:
             key = self.key(samples)
         except OSError:  # An image is gone, as will be said, or the source of a class.
-            return self.embedder.embed(samples, what)
-        path = self.folder / f"{what}-{key[:16]}.npz"
+            return None, None
+        path = self._path(key, what)
         self._used.add(path)
         kept = self._read(path, key, what)
         if kept is not None:
             logger.info("features of the %s from the cache (%s)", what, path)
-            return embeddings_of(samples, kept)
-        found = self.embedder.embed(samples, what)
-        self._write(path, key, found.features)
-        return found
+        return key, kept
+
+    def _path(self, key: str, what: str) -> Path:
+        return self.folder / f"{what}-{key[:16]}.npz"
 
     def key(self, samples: Sequence[Sample]) -> str:
         """What the features of these images by this model are known by.
@@ -128,6 +139,11 @@ class FeatureCache:
         except OSError as error:
             reason = error.strerror or error
             logger.info("features are not cached: cannot write to %s (%s)", self.folder, reason)
+
+
+def _nothing() -> Embeddings:
+    """What a process that extracted nothing returns beside the first one."""
+    return embeddings_of([], torch.empty(0, 0))
 
 
 def _read_kept(path: Path, key: str) -> Tensor | None:

@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +27,14 @@ from reidreg.errors import (
     did_you_mean,
 )
 from reidreg.sweeps import Trial, ended_by_its_signal, flags_of_agent
+from reidreg.world import launched
 
 if TYPE_CHECKING:
     from reidreg.evaluation import Evaluation
 
 Command = Callable[[list[str]], int]
+# What several processes do together; any other command is the first one's.
+_SHARED = ("fit", "evaluate", "extract")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,37 +53,67 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"reidreg {_version()}" if name == "--version" else _usage())
         return 0 if arguments else 2
     try:
+        place = launched()
         if name not in COMMANDS:
             raise ConfigError(f"no such command: {name}{did_you_mean(name, COMMANDS)}")
+        if not place.is_main:
+            if name not in _SHARED:
+                return 0  # the first process does it
+            warnings.simplefilter("ignore")
         code = COMMANDS[name][0](arguments[1:])
         sys.stdout.flush()
         return code
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except (ReidregError, DivergedError, InterruptedRun) as error:
-        return _say(name, error, error.exit_code)
-    except KeyboardInterrupt:
-        return _say(name, "stopped", 130)
+        return _fail(name, error, error.exit_code)
+    except KeyboardInterrupt as error:
+        return _fail(name, error, 130)
     except BrokenPipeError:
         # `reidreg plugins | head`: nobody reads on, which is no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        return _report_bug(name, error)
+        return _fail(name, error, 1)
 
 
-def _say(command: str, text: object, code: int) -> int:
-    print(f"reidreg {command}: {' '.join(str(text).split())}", file=sys.stderr)
+def _fail(command: str, error: BaseException, code: int) -> int:
+    """Tell why a command fails; of several processes only the first to fail does."""
+
+    def tell() -> str:
+        # All stop at a signal; anything else happened in one process, and perhaps there alone.
+        place = "" if isinstance(error, InterruptedRun) else _place()
+        line = f"reidreg {command}: {place}{_in_a_line(error)}"
+        print(line, file=sys.stderr)
+        return line
+
+    if "RANK" not in os.environ:
+        tell()
+    else:
+        from reidreg.distributed import tell_failure
+
+        tell_failure(error, tell)
     return code
 
 
-def _report_bug(command: str, error: Exception) -> int:
+def _place() -> str:
+    """Which process this is, where that is not plain."""
+    rank = os.environ.get("RANK", "0")
+    return f"rank {rank}: " if rank != "0" else ""
+
+
+def _in_a_line(error: BaseException) -> str:
+    if isinstance(error, (ReidregError, DivergedError, InterruptedRun)):
+        return " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
     with tempfile.NamedTemporaryFile(
         "w", prefix="reidreg-", suffix=".log", delete=False, encoding="utf-8"
     ) as file:
-        file.write(f"reidreg {_version()} {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}")
+        trace = "".join(traceback.format_exception(error))
+        file.write(f"reidreg {_version()} {' '.join(sys.argv[1:])}\n\n{trace}")
     summary = f"{type(error).__name__}: {error}".splitlines()[0]
-    return _say(command, f"unexpected {summary}; the traceback is in {file.name}", 1)
+    return f"unexpected {summary}; the traceback is in {file.name}"
 
 
 def _version() -> str:
@@ -147,6 +181,8 @@ def _fit(arguments: list[str], trial: Trial | None) -> int:
     if trial:
         config = trial.in_its_own_folder(config)
     if own["print_config"]:
+        if not launched().is_main:
+            return 0
         from reidreg.yamlfile import dump_yaml
 
         print(dump_yaml(config.as_dict()), end="")
@@ -160,6 +196,8 @@ def _fit(arguments: list[str], trial: Trial | None) -> int:
     if note:
         logger.warning("note: %s", note)
     figures = fit(config, own["resume"])
+    if not launched().is_main:
+        return 0
     if figures:
         print("\n".join(evaluation_table(figures)))
     print(f"results: {config.output_dir}")
@@ -228,6 +266,8 @@ def evaluate_command(arguments: list[str]) -> int:
     if own["query"] or own["gallery"]:
         raise ConfigError("--ckpt and --query/--gallery exclude each other")
     from reidreg.describe import evaluation_table
+    from reidreg.devices import choose_device
+    from reidreg.distributed import joined
     from reidreg.evaluation import (
         cache_folder_of,
         evaluate_checkpoint,
@@ -249,7 +289,10 @@ def evaluate_command(arguments: list[str]) -> int:
         from reidreg.thresholds import check_threshold_wanted, store_threshold
 
         check_threshold_wanted(checkpoint, config)
-    result = evaluate_checkpoint(checkpoint, config, cache)
+    with joined(choose_device(config.train.device), config.train.rank_timeout) as processes:
+        result = evaluate_checkpoint(checkpoint, config, cache)
+    if not processes.is_main:
+        return 0
     logger.info("%s", "\n".join(evaluation_table(result.figures)))
     write_metrics(result.figures, output / "metrics.json")
     logger.info("figures: %s", output / "metrics.json")
@@ -337,6 +380,8 @@ def extract_command(arguments: list[str]) -> int:
         raise ConfigError("give --output FILE.npz")
     # Without one, only --help comes this far, and it has left.
     assert ckpt is not None and checkpoint is not None
+    from reidreg.devices import choose_device
+    from reidreg.distributed import joined
     from reidreg.evaluation import cache_folder_of, extract_checkpoint
     from reidreg.features import check_output, save_features
     from reidreg.logs import log_to_console
@@ -344,9 +389,12 @@ def extract_command(arguments: list[str]) -> int:
     log_to_console()
     check_output(own["output"])
     cache = None if own["no_cache"] else cache_folder_of(Path(ckpt))
-    embeddings = extract_checkpoint(
-        checkpoint, config, split=own["split"], images=own["images"], cache=cache
-    )
+    with joined(choose_device(config.train.device), config.train.rank_timeout) as processes:
+        embeddings = extract_checkpoint(
+            checkpoint, config, split=own["split"], images=own["images"], cache=cache
+        )
+    if not processes.is_main:
+        return 0
     save_features(embeddings, own["output"], own["dtype"])
     count, width = embeddings.features.shape
     print(f"{count} features of {width} numbers: {own['output']}")

@@ -143,6 +143,10 @@ class TrainConfig:
             it, but batch normalisation and losses that compare images see a part at a time.
         ema_decay: Decay of an average of the weights over the steps, which is then evaluated and
             kept as `best`; 0 for none, else such as 0.999.
+        gather: With several processes, show every loss the batch of all of them instead of each
+            process's own share.
+        sync_batchnorm: With several processes, normalise over the batch of all of them.
+        rank_timeout: Seconds that processes wait for each other within a step before all end.
         freeze: Regular expressions; parameters whose names they match are not trained at first.
         freeze_epochs: For how many epochs.
         device: auto, cpu, cuda, cuda:N or mps; auto is cuda where there is one, else cpu.
@@ -161,6 +165,9 @@ class TrainConfig:
     compile: bool = False
     accumulate: Positive = 1
     ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    gather: bool = False
+    sync_batchnorm: bool = False
+    rank_timeout: Annotated[float, Interval(gt=0, le=86_400)] = 45.0
     freeze: list[str] = field(default_factory=list)
     freeze_epochs: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
     device: str = "auto"

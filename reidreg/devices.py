@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from reidreg.errors import DeviceError
+from reidreg.world import World, launched
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -15,11 +16,16 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def choose_device(name: str) -> torch.device:
     """The device of `train.device`.
 
+    Of several processes on a machine, each has the CUDA device of its own number.
+
     Raises:
         DeviceError: It is not one, or not here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    place = launched()
+    if place.size > 1 and name != "cpu":
+        name = _own_device(name, place)
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -40,6 +46,21 @@ def choose_device(name: str) -> torch.device:
     elif device.type not in ("cpu", "cuda", "mps"):
         raise DeviceError(f"train.device: {name!r} is not supported; use auto, cpu, cuda or mps")
     return device
+
+
+def _own_device(name: str, place: World) -> str:
+    """The device of one process among several."""
+    if name != "cuda":
+        raise DeviceError(
+            f"train.device: {name} is one device for {place.size} processes; use auto, cuda or cpu"
+        )
+    count = torch.cuda.device_count()
+    if torch.cuda.is_available() and place.local_size > count:
+        raise DeviceError(
+            f"train.device: {place.local_size} processes on this machine need as many GPUs, there "
+            f"are {count}; start torchrun with --nproc-per-node {count}, or use --train.device cpu"
+        )
+    return f"cuda:{place.local_rank}"
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch import Tensor
 from reidreg.config import Config, InputConfig
 from reidreg.data import Labels, count_workers, eval_loader, loading_processes
 from reidreg.devices import autocast, choose_device, choose_precision
+from reidreg.distributed import collect_rows, world
 from reidreg.errors import DataError
 from reidreg.logs import ProgressBar
 from reidreg.model import Model
@@ -51,6 +52,9 @@ class Embedder:
     def embed(self, samples: Sequence[Sample], what: str) -> Embeddings:
         """The features of images, in order, on the CPU.
 
+        Several processes share the work. The first returns the features of all images, the others
+        those that they made themselves.
+
         Args:
             samples: The images.
             what: What they are, for the progress bar and errors.
@@ -60,6 +64,7 @@ class Embedder:
         """
         if not samples:
             raise DataError(f"{what}: there are no images to extract features of")
+        everything, samples = samples, samples[world().share(len(samples))]
         camids = torch.tensor(self.labels.camera_indices(samples))
         training = self.model.training
         self.model.eval()
@@ -82,7 +87,9 @@ class Embedder:
                 done += len(images)
                 bar.advance(len(images))
         self.model.train(training)
-        return embeddings_of(samples, features)
+        if world().is_main:
+            samples = everything
+        return embeddings_of(samples, collect_rows(features, len(everything)))
 
     @torch.inference_mode()
     def features(self, images: Tensor, camids: Tensor | None = None) -> Tensor:
@@ -116,8 +123,8 @@ def embeddings_of(samples: Sequence[Sample], features: Tensor) -> Embeddings:
     """Features (N, D) with the ids and paths of their samples."""
     return Embeddings(
         features,
-        torch.tensor([sample.pid for sample in samples]),
-        torch.tensor([sample.camid for sample in samples]),
+        torch.tensor([sample.pid for sample in samples], dtype=torch.int64),
+        torch.tensor([sample.camid for sample in samples], dtype=torch.int64),
         tuple(sample.path for sample in samples),
     )
 

@@ -7,7 +7,8 @@ Exception
 │   ├── PluginError              a plugin could not be loaded, or claims a taken name
 │   ├── DataError                a folder, an image, a feature file
 │   ├── CheckpointError          a checkpoint is damaged, foreign, or does not fit
-│   └── DeviceError              a device is missing or its memory does not suffice
+│   ├── DeviceError              a device is missing or its memory does not suffice
+│   └── RankError                the processes of a run do not fit together, or one is gone
 ├── DivergedError           3    the loss or a gradient is not finite
 └── InterruptedRun     130, 143  SIGINT or SIGTERM, after saving
 """
@@ -46,6 +47,10 @@ class CheckpointError(ReidregError):
 
 class DeviceError(ReidregError):
     """The device that was asked for is not there, or is too small."""
+
+
+class RankError(ReidregError):
+    """The processes of a run do not fit together, or one of them has ended or hangs."""
 
 
 class DivergedError(Exception):

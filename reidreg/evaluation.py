@@ -13,6 +13,7 @@ import torch
 from reidreg.cache import FeatureCache
 from reidreg.checkpoint import Checkpoint, load_checkpoint
 from reidreg.config import Config
+from reidreg.distributed import broadcast, world
 from reidreg.embedding import Embedder, make_embedder
 from reidreg.errors import CheckpointError, ConfigError, DataError
 from reidreg.features import load_features
@@ -29,10 +30,14 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 def evaluate_dataset(
     embedder: Embedder | FeatureCache, evaluator: Evaluator, dataset: Dataset
 ) -> tuple[dict[str, Any], Embeddings, Embeddings]:
-    """The figures of a model on a data set, with the query's and the gallery's features."""
+    """The figures of a model on a data set, with the query's and the gallery's features.
+
+    Several processes share the extraction; the first computes the figures, and all return them.
+    """
     query = embedder.embed(dataset.query, "query")
     gallery = embedder.embed(dataset.gallery, "gallery")
-    return evaluator.evaluate(query, gallery), query, gallery
+    figures = evaluator.evaluate(query, gallery) if world().is_main else {}
+    return broadcast(figures), query, gallery
 
 
 # --------------------------------------------------------------------- from a checkpoint

@@ -33,6 +33,7 @@ from rich.progress import (
 
 from reidreg.config import Config, WandbConfig
 from reidreg.errors import DivergedError, InterruptedRun, ReidregError
+from reidreg.world import launched
 
 logger = logging.getLogger("reidreg")
 
@@ -56,7 +57,13 @@ class _StdoutHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generi
 
 
 def log_to_console() -> None:
-    """Show the log's lines on stdout, as the command line does; a second call changes nothing."""
+    """Show the log's lines on stdout, as the command line does; a second call changes nothing.
+
+    Of several processes only the first shows its own.
+    """
+    if not launched().is_main:
+        logger.addHandler(logging.NullHandler())
+        return
     if not any(isinstance(handler, _StdoutHandler) for handler in logger.handlers):
         logger.addHandler(_StdoutHandler())
     logger.setLevel(logging.INFO)
@@ -88,6 +95,16 @@ def log_to_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
+@contextlib.contextmanager
+def log_to_nobody() -> Iterator[None]:
+    """Drop the log's lines, as all processes of a run but the first do."""
+    logger.disabled, before = True, logger.disabled
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _record(text: str, exception: Any = None) -> logging.LogRecord:
     return logging.LogRecord(logger.name, logging.ERROR, __file__, 0, text, None, exception)
 
@@ -112,7 +129,7 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and launched().is_main),
         )
         self._task = self._progress.add_task(description, total=total, figures="")
 
@@ -140,7 +157,8 @@ class MetricsLog:
     """Appends figures to metrics.jsonl, and to W&B where it is on.
 
     Args:
-        path: The file; on a resume, lines that will come again are dropped.
+        path: The file; on a resume, lines that will come again are dropped. None keeps nothing, as
+            in all processes of a run but the first.
         step: The step that the run starts from.
         wandb_run: A run of W&B, or None.
         to_come: What of that very step is still to come, by the first part of its keys: a run may
@@ -148,11 +166,16 @@ class MetricsLog:
     """
 
     def __init__(
-        self, path: Path, step: int = 0, wandb_run: Any = None, to_come: Collection[str] = ()
+        self,
+        path: Path | None,
+        step: int = 0,
+        wandb_run: Any = None,
+        to_come: Collection[str] = (),
     ) -> None:
         self.wandb_run = wandb_run
-        _drop_lines(path, step, to_come)
-        self._file = path.open("a", encoding="utf-8")
+        if path is not None:
+            _drop_lines(path, step, to_come)
+        self._file = (path or Path(os.devnull)).open("a", encoding="utf-8")
 
     def write(self, figures: dict[str, float]) -> None:
         """Write one line.

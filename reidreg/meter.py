@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reidreg.distributed import mean_over_processes, world
+
 
 class Meter:
     """Adds up figures on the device, and brings them over only when a line is due.
@@ -52,16 +54,17 @@ class Meter:
         self._images += len(pids)
 
     def take(self, lr: float, device: torch.device) -> dict[str, float]:
-        """The averages since the last call, which starts the next ones.
+        """The averages since the last call, over all processes; it starts the next ones.
 
         Args:
             lr: The learning rate in use.
             device: Where training runs, for its peak memory.
         """
-        figures = {key: value.item() / self._steps for key, value in self._sums.items()}
+        sums = mean_over_processes(self._sums)
+        figures = {key: value.item() / self._steps for key, value in sums.items()}
         seconds = time.perf_counter() - self._start
         figures["train/lr"] = lr
-        figures["train/images_per_second"] = self._images / max(seconds, 1e-9)
+        figures["train/images_per_second"] = world().size * self._images / max(seconds, 1e-9)
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
             figures["train/peak_memory_gib"] = peak / 2**30
@@ -74,7 +77,8 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums under way, for an exact resume between two lines."""
-        return {"sums": dict(self._sums), "steps": self._steps, "images": self._images}
+        sums = {key: value.cpu() for key, value in self._sums.items()}
+        return {"sums": sums, "steps": self._steps, "images": self._images}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the sums of an interrupted run; its seconds are gone."""

@@ -4,7 +4,7 @@ checkpoint."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,22 +18,26 @@ from reidreg.checkpoint import Checkpoint
 from reidreg.config import Config, plain
 from reidreg.data import Labels, TrainLoader, count_workers, labels_of, training_samples
 from reidreg.devices import choose_device
+from reidreg.distributed import broadcast_state, check_same_run, gather, main_first, world
 from reidreg.embedding import Embedder, make_embedder
 from reidreg.errors import CheckpointError, ConfigError, DataError, ReidregError
 from reidreg.evaluation import load_weights
 from reidreg.freezing import Freezer
 from reidreg.guard import Guard
-from reidreg.interfaces import DATASETS, EVALUATORS, SAMPLERS, Dataset, Evaluator, Sampler
+from reidreg.interfaces import DATASETS, EVALUATORS, Dataset, Evaluator, Sampler
 from reidreg.logs import logger
 from reidreg.meter import Meter
 from reidreg.model import Model, build_model
+from reidreg.network import Network
 from reidreg.objective import Objective, build_objective
 from reidreg.optimizers import layer_scales, make_optimizer, make_schedule
 from reidreg.parsing import load_config
 from reidreg.schedules import Schedule
+from reidreg.shares import build_sampler
+from reidreg.synchronised import synchronise_batchnorm
 from reidreg.transforms import Augmentation
 from reidreg.validation import HeldOut, hold_out
-from reidreg.values import Output, Sample
+from reidreg.values import Sample
 
 
 @dataclass
@@ -65,7 +69,7 @@ class Run:
     """Everything that training holds, built from a configuration by `build_run`.
 
     `validation` is what is evaluated as training goes: the held-out identities, or the data set
-    itself where none are held out. `network` is the model as training calls it, perhaps compiled;
+    itself where none are held out. `network` is the model and the losses as training calls them;
     `average` is None without one, and otherwise what `embedder` embeds with.
     """
 
@@ -75,7 +79,7 @@ class Run:
     sampler: Sampler
     loader: TrainLoader
     model: Model
-    network: Callable[..., Output]
+    network: Network
     average: Average | None
     embedder: Embedder
     evaluator: Evaluator
@@ -100,14 +104,19 @@ def build_run(config: Config) -> Run:
     choose_device(config.train.device)  # a missing one is said before the data are read
     dataset = DATASETS.build(config.dataset.name, **config.dataset.options)
     evaluator = EVALUATORS.build(config.evaluator.name, **config.evaluator.options)
-    samples = training_samples(dataset)
-    check_splits(dataset, evaluator)
+    with main_first():  # a data set may have to be made before it can be read
+        samples = training_samples(dataset)
+        check_splits(dataset, evaluator)
+    splits = {"train": samples, "query": dataset.query, "gallery": dataset.gallery}
+    check_same_run(config.as_dict(), splits)
     validation: Dataset = dataset
     if config.validation.identities:
         samples, validation = hold_out_people(samples, config, evaluator)
     labels = labels_of(samples)
 
     model = build_model(config, labels)
+    if config.train.sync_batchnorm and world().size > 1:
+        synchronise_batchnorm(model, choose_device(config.train.device))
     embedder = make_embedder(model, labels, config)
     decay = config.train.ema_decay
     average = Average(model, decay) if decay else None
@@ -117,14 +126,13 @@ def build_run(config: Config) -> Run:
     parameters = [*model.named_parameters(), *objective.shared_parameters()]
     layer_decay = config.optimizer.layer_decay
     scales = layer_scales(model, layer_decay) if layer_decay is not None else {}
-    sampler = SAMPLERS.build(
+    sampler = build_sampler(
         config.sampler.name,
-        **config.sampler.options,
+        config.sampler.options,
+        world(),
         pids=[sample.pid for sample in samples],
         camids=[sample.camid for sample in samples],
         seed=config.train.seed,
-        rank=0,
-        world_size=1,
     )
     if len(sampler) == 0:
         raise DataError(f"sampler {config.sampler.name}: not one batch fits into an epoch")
@@ -138,7 +146,12 @@ def build_run(config: Config) -> Run:
         device=embedder.device,
         workers=count_workers(config.train.workers),
         cache=config.train.cache,
+        rank=world().rank,
+        world_size=world().size,
     )
+    optimizer = make_optimizer(config.optimizer, parameters, scales)
+    if not world().is_main:
+        seed_process(config.train.seed)  # all have the same weights, but not the same dropout
     return Run(
         config=config,
         dataset=dataset,
@@ -146,12 +159,18 @@ def build_run(config: Config) -> Run:
         sampler=sampler,
         loader=loader,
         model=model,
-        network=torch.compile(model) if config.train.compile else model,
+        network=Network(
+            model,
+            objective,
+            embedder.dtype,
+            gathered=config.train.gather,
+            compiled=config.train.compile,
+        ),
         average=average,
         embedder=embedder,
         evaluator=evaluator,
         objective=objective,
-        optimizer=make_optimizer(config.optimizer, parameters, scales),
+        optimizer=optimizer,
         schedule=make_schedule(config),
         scaler=torch.amp.GradScaler(embedder.device.type, enabled=embedder.dtype == torch.float16),
         freezer=Freezer(model, config.train.freeze, config.train.freeze_epochs),
@@ -168,30 +187,47 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_process(seed: int, step: int = 0) -> None:
+    """Have this process draw other numbers than all others, and than at any other step.
+
+    Args:
+        seed: Of the run.
+        step: Where the numbers begin.
+    """
+    own = np.random.SeedSequence((seed, world().rank, step)).generate_state(1)
+    seed_everything(int(own[0]))
+
+
 def check_parts(config: Config, objective: Objective) -> None:
-    """Look at the parts that `train.accumulate` cuts a batch into.
+    """Look at the parts that processes and `train.accumulate` cut a batch into.
 
     Raises:
         ConfigError: They are not of one size, or cut an identity's images apart.
     """
-    parts = config.train.accumulate
+    parts, processes = config.train.accumulate, world().size
     size, instances = (config.sampler.options.get(key, 0) for key in ("batch_size", "instances"))
-    if parts == 1 or not size:
+    if parts * processes == 1 or not size:
         return
-    if size % parts or (instances and size // parts % instances):
+    share = size // processes
+    if share % parts or (instances and share // parts % instances):
         of = f" of {instances} images an identity" if instances else ""
+        by = f" of each of {processes} processes" if processes > 1 else ""
         raise ConfigError(
-            f"train.accumulate: batches of {size}{of} cannot be cut into {parts} equal parts"
+            f"train.accumulate: batches of {share}{of}{by} cannot be cut into {parts} equal parts"
         )
     comparing = [term for term, loss in objective.losses() if loss.compares_images]
-    if comparing:
+    seen = (size if config.train.gather else share) // parts
+    if comparing and seen < size:
+        causes = [f"train.accumulate {parts}"] if parts > 1 else []
+        causes += [f"{processes} processes"] if share < size and not config.train.gather else []
+        hint = "; --train.gather true shows it all of them"
         logger.warning(
-            "note: with train.accumulate %d, %s compares the %d images of a part, not the %d of a "
-            "batch",
-            parts,
+            "note: with %s, %s compares %d images of a batch, not all %d%s",
+            " and ".join(causes),
             ", ".join(comparing),
-            size // parts,
+            seen,
             size,
+            hint if parts == 1 else "",
         )
 
 
@@ -223,13 +259,18 @@ def hold_out_people(
 
 
 def start_weights(run: Run, init_from: Checkpoint | None) -> None:
-    """Give a new run its first weights: a checkpoint's of ours, or the backbone's pretrained."""
+    """Give a new run its first weights: a checkpoint's of ours, or the backbone's pretrained.
+
+    Of several processes the first loads them, and all others are given its.
+    """
+    report: str | None = None
     if init_from is not None:
-        report: str | None = load_matching(run.model, init_from, run.embedder.labels)
-    else:
+        report = load_matching(run.model, init_from, run.embedder.labels)
+    elif world().is_main:
         report = run.model.backbone.load_pretrained()
     if report is not None:
         logger.info("%s", report)
+    broadcast_state(run.model, run.objective)
     if run.average is not None:
         run.average.load(run.model.state_dict())
 
@@ -269,22 +310,23 @@ def _has_row_per_identity(key: str, value: torch.Tensor, labels: Labels) -> bool
 
 
 def capture(run: Run, resumable: bool = True) -> Checkpoint:
-    """The run as a checkpoint.
+    """The run as a checkpoint; with several processes, what each of them holds for itself too.
 
     Args:
         run: The run.
         resumable: Include what only a resume needs, about twice the size of the weights.
     """
     size, mean, std = run.embedder.input.size, run.embedder.input.mean, run.embedder.input.std
+    states = gather({"random": random_state(), "meter": run.meter.state_dict()})
     training = {
         "optimizer": run.optimizer.state_dict(),
         "objective": run.objective.state_dict(),
         "objective_optimizers": run.objective.optimizer_state(),
         "scaler": run.scaler.state_dict(),
         "sampler": run.sampler.state_dict(),
-        "meter": run.meter.state_dict(),
         "progress": asdict(run.progress),
-        "random": random_state(),
+        **states[0],
+        "others": states[1:],
     }
     if run.average is not None:
         training["model"] = run.model.state_dict()
@@ -331,9 +373,29 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         load_optimizer(own[term], state, f"losses.{term}")
     run.scaler.load_state_dict(training["scaler"])
     run.sampler.load_state_dict(training["sampler"])
-    run.meter.load_state_dict(training["meter"])
     run.progress = Progress(**training["progress"])
-    set_random_state(training["random"])
+    restore_own(run, [training, *training.get("others", [])])
+
+
+def restore_own(run: Run, states: Sequence[Mapping[str, Any]]) -> None:
+    """Take over what each process holds for itself, if there were as many of them.
+
+    Args:
+        run: The run.
+        states: Their states by rank.
+    """
+    here = world()
+    if len(states) == here.size:
+        run.meter.load_state_dict(states[here.rank]["meter"])
+        set_random_state(states[here.rank]["random"])
+        return
+    seed_process(run.config.train.seed, run.progress.step)
+    logger.info(
+        "resumed by %d processes, saved by %d: the batches stay the same, what the model draws at "
+        "random begins anew, and sums of a part of a batch may differ",
+        here.size,
+        len(states),
+    )
 
 
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], key: str) -> None:

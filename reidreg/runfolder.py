@@ -12,6 +12,7 @@ from reidreg.checkpoint import remove_partial_files
 from reidreg.config import Config
 from reidreg.errors import CheckpointError, ConfigError
 from reidreg.locking import exclusive
+from reidreg.logs import log_to_file
 from reidreg.yamlfile import dump_yaml
 
 
@@ -78,6 +79,21 @@ class RunFolder:
             ) from error
         remove_partial_files(self.checkpoints)
 
+    @property
+    def _mark(self) -> Path:
+        return self.root / ".begun"
+
+    def begun(self) -> bool:
+        """Whether the files here are of the run that the launcher has started, or restarted."""
+        return self._mark.exists()
+
+    def mark_begun(self, begun: bool) -> None:
+        """Note it, for a launcher that starts failed processes again."""
+        if begun:
+            self._mark.touch()
+        else:
+            self._mark.unlink(missing_ok=True)
+
     def to_resume(self, resume: str | None) -> Path | None:
         """The checkpoint that `--resume` means, or None for a new run.
 
@@ -113,6 +129,13 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         """Write the resolved configuration."""
         self.config.write_text(dump_yaml(config.as_dict()), encoding="utf-8")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Open the folder, hold it for this process, and write its log."""
+        self.open()
+        with self.exclusive(), log_to_file(self.log):
+            yield
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from reidreg.distributed import Agreement
 from reidreg.errors import InterruptedRun
 
 
 class StopSignals:
-    """Notes a signal while its context is open; the loop looks at `received` after each step."""
+    """Notes a signal while its context is open; the loop looks at `agreed` after each step."""
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._agreement = Agreement()
         self._immediate = False
         self._saved: str | None = None
         self._previous: dict[int, Any] = {}
@@ -36,6 +38,14 @@ class StopSignals:
         if self._immediate or self.received is not None:
             raise InterruptedRun(number, self._saved)
         self.received = number
+
+    def agreed(self, at_once: bool = False) -> int | None:
+        """The signal that a process of the run has received, in all of them at the same step.
+
+        Args:
+            at_once: Wait for the others' word; otherwise it is known one step later.
+        """
+        return self._agreement.highest(self.received or 0, at_once) or None
 
     @contextlib.contextmanager
     def immediate(self, saved: str | None) -> Iterator[None]:

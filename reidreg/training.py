@@ -14,19 +14,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from reidreg.checkpoint import load_checkpoint, save_checkpoint
+from reidreg.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reidreg.config import Config
 from reidreg.data import loading_processes
 from reidreg.describe import announce, describe_evaluation, describe_step, log_figures
-from reidreg.devices import autocast
+from reidreg.devices import choose_device
+from reidreg.distributed import (
+    broadcast,
+    broadcast_state,
+    joined,
+    main_first,
+    together,
+    wait,
+    world,
+)
 from reidreg.errors import DataError, DeviceError, InterruptedRun
 from reidreg.evaluation import evaluate_dataset, load_weights, write_metrics
-from reidreg.logs import MetricsLog, ProgressBar, log_to_file, logger, start_wandb
+from reidreg.logs import MetricsLog, ProgressBar, log_to_nobody, logger, start_wandb
 from reidreg.optimizers import set_learning_rate
 from reidreg.run import Run, build_run, capture, restore, start_weights
 from reidreg.runfolder import RunFolder
 from reidreg.signals import StopSignals
 from reidreg.values import Batch
+from reidreg.world import launched
 
 
 def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
@@ -48,35 +58,29 @@ def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
         DivergedError: The loss or a gradient is not finite.
         InterruptedRun: SIGINT or SIGTERM came, and the state is saved.
     """
+    device = choose_device(config.train.device)
     folder = RunFolder(Path(config.output_dir).expanduser())
-    folder.open()
-    with folder.exclusive(), log_to_file(folder.log), StopSignals() as signals:
-        source = folder.to_resume(resume)
+    with (
+        StopSignals() as signals,
+        joined(device, config.train.rank_timeout) as processes,
+        folder.held() if processes.is_main else log_to_nobody(),
+    ):
         # Before anything slow: a wrong path is said at once.
-        start = source or config.init_from
-        checkpoint = load_checkpoint(start) if start else None
+        source, checkpoint = broadcast(
+            first_checkpoint(folder, config, resume) if processes.is_main else (None, None)
+        )
         run = build_run(config)
         if source is not None and checkpoint is not None:
             restore(run, checkpoint)
             logger.info("resumed from %s at step %d", source, run.progress.step)
         else:
             start_weights(run, checkpoint)
-            aside = folder.set_earlier_run_aside()
-            if aside is not None:
-                logger.info("files of an earlier run are now in %s", aside)
-        folder.write_config(config)
-        with signals.immediate(folder.saved()):
+        if processes.is_main:
+            begin_files(folder, config, anew=source is None)
+        with signals.immediate(folder.saved()), main_first():
             run.loader.prepare()
         announce(run)
-        metrics = MetricsLog(
-            folder.metrics_log,
-            run.progress.step,
-            start_wandb(config, folder.root),
-            to_come=[
-                *(["val"] if evaluation_due(run) else []),
-                *(["test"] if test_due(run) else []),
-            ],
-        )
+        metrics = open_metrics(run, folder)
         exit_code = 1
         try:
             train(run, folder, metrics, signals)
@@ -86,6 +90,42 @@ def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
         finally:
             metrics.close(exit_code)
         return run.progress.metrics
+
+
+def first_checkpoint(
+    folder: RunFolder, config: Config, resume: str | None
+) -> tuple[Path | None, Checkpoint | None]:
+    """The file to resume from, if there is one, and the checkpoint to begin with, if any."""
+    if launched().restarts and folder.begun():
+        resume = "auto"  # the launcher has started this very run again
+    source = folder.to_resume(resume)
+    folder.mark_begun(source is not None)
+    start = source or config.init_from
+    return source, load_checkpoint(start) if start else None
+
+
+def begin_files(folder: RunFolder, config: Config, anew: bool) -> None:
+    """Make the folder this run's, and with `anew` set the files of an earlier one aside."""
+    aside = folder.set_earlier_run_aside() if anew else None
+    if aside is not None:
+        logger.info("files of an earlier run are now in %s", aside)
+    folder.mark_begun(True)
+    folder.write_config(config)
+
+
+def open_metrics(run: Run, folder: RunFolder) -> MetricsLog:
+    """Where figures go; of several processes only the first keeps them."""
+    if not world().is_main:
+        return MetricsLog(None)
+    return MetricsLog(
+        folder.metrics_log,
+        run.progress.step,
+        start_wandb(run.config, folder.root),
+        to_come=[
+            *(["val"] if evaluation_due(run) else []),
+            *(["test"] if test_due(run) else []),
+        ],
+    )
 
 
 # --------------------------------------------------------------------- the loop
@@ -108,17 +148,17 @@ def train(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals
                 if signals.received is not None:
                     raise InterruptedRun(signals.received, folder.saved()) from None
                 raise
-            save_checkpoint(capture(run), folder.last)
+            save(run, folder.last)
         if evaluation_due(run):
             evaluate_epoch(run, folder, metrics, signals)
-            save_checkpoint(capture(run), folder.last)
+            save(run, folder.last)
         if progress.epoch % config.checkpoint_every == 0:
             kept = folder.at_epoch(progress.epoch)
-            save_checkpoint(capture(run, resumable=False), kept)
+            save(run, kept, resumable=False)
             logger.info("saved %s", kept)
     if test_due(run):
         evaluate_best(run, folder, metrics, signals)
-        save_checkpoint(capture(run), folder.last)
+        save(run, folder.last)
 
 
 def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
@@ -127,11 +167,12 @@ def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopS
     set_learning_rate(run.optimizer, run.schedule.factor(progress.epoch + 1))
     run.model.train()
     run.freezer.begin(progress.epoch)
+    run.network.begin()
     steps = len(run.sampler)
     with ProgressBar(f"epoch {progress.epoch + 1}/{config.epochs}", steps) as bar:
         bar.report(progress.batch, steps)
         meter.resume_clock()
-        for batch in run.loader.epoch(progress.epoch, start=progress.batch):
+        for batch in together(run.loader.epoch(progress.epoch, start=progress.batch)):
             train_step(run, batch)
 
             # -------------------- once in a while --------------------
@@ -147,7 +188,7 @@ def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopS
                 stop_if_asked(run, folder, signals)
     progress.epoch += 1
     progress.batch = 0
-    stop_if_asked(run, folder, signals)
+    stop_if_asked(run, folder, signals, at_once=True)
 
 
 def train_step(run: Run, batch: Batch) -> None:
@@ -155,12 +196,11 @@ def train_step(run: Run, batch: Batch) -> None:
     parts = run.config.train.accumulate
     run.optimizer.zero_grad()
     run.objective.zero_grad()
-    for part in parts_of(batch, parts):
-        with autocast(run.embedder.device, run.embedder.dtype):
-            output = run.network(part.images, part.camids)
-        loss, terms = run.objective(output, part.pids)
-        run.scaler.scale(loss / parts).backward()
-        run.meter.add(loss, terms, output.logits, part.pids)
+    for number, part in enumerate(parts_of(batch, parts), start=1):
+        with run.network.averaging(now=number == parts):
+            loss, terms, logits = run.network(part)
+            run.scaler.scale(loss / parts).backward()  # type: ignore[no-untyped-call]
+        run.meter.add(loss, terms, logits, part.pids)
 
     trained = [parameter for parameter in run.parameters if parameter.grad is not None]
     run.scaler.unscale_(run.optimizer)
@@ -188,12 +228,21 @@ def parts_of(batch: Batch, count: int) -> Iterator[Batch]:
         yield Batch(batch.images[part], batch.pids[part], batch.camids[part])
 
 
-def stop_if_asked(run: Run, folder: RunFolder, signals: StopSignals) -> None:
-    """Save and raise InterruptedRun, between two steps, if a signal came."""
-    if signals.received is not None:
+def stop_if_asked(run: Run, folder: RunFolder, signals: StopSignals, at_once: bool = False) -> None:
+    """Save and raise InterruptedRun, between two steps, if a signal came to any process."""
+    received = signals.agreed(at_once)
+    if received is not None:
         run.guard.check()
-        save_checkpoint(capture(run), folder.last)
-        raise InterruptedRun(signals.received, str(folder.last))
+        save(run, folder.last)
+        raise InterruptedRun(received, str(folder.last))
+
+
+def save(run: Run, path: Path, resumable: bool = True) -> None:
+    """Write a checkpoint; of several processes the first does, and the others wait for it."""
+    checkpoint = capture(run, resumable)
+    if world().is_main:
+        save_checkpoint(checkpoint, path)
+    wait()
 
 
 def describe_shortage(device: torch.device) -> str:
@@ -217,18 +266,20 @@ def evaluation_due(run: Run) -> bool:
 def evaluate_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
     """Evaluate the model as it is; keep it as `best` if it is."""
     progress = run.progress
+    # Each process has statistics of the batches that it saw itself.
+    broadcast_state(run.embedder.model)
     with signals.immediate(folder.saved()):
         figures, _, _ = evaluate_dataset(run.embedder, run.evaluator, run.validation)
         if run.validation is not run.dataset:
             figures = {**figures, "evaluated": "validation"}
     progress.metrics, progress.evaluated = figures, progress.epoch
-    write_metrics(figures, folder.metrics)
+    keep_figures(folder, figures)
     metrics.write({"step": progress.step, "epoch": progress.epoch, **log_figures("val", figures)})
     logger.info("%s", describe_evaluation(figures, progress.epoch))
     if progress.epoch > 0 and figures["mAP"] > progress.best:
         progress.best = figures["mAP"]
         metrics.summarise({f"best/{key}": figures[key] for key in ("mAP", "mINP", "rank1")})
-        save_checkpoint(capture(run, resumable=False), folder.best)
+        save(run, folder.best, resumable=False)
         logger.info("saved %s (best mAP so far)", folder.best)
 
 
@@ -241,10 +292,9 @@ def test_due(run: Run) -> bool:
 def evaluate_best(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
     """Evaluate the best model on query and gallery, once, after all choices are made."""
     progress = run.progress
-    # A run that goes on from another folder's checkpoint may never have been better than that.
-    source = folder.best if folder.best.exists() else folder.last
     with signals.immediate(folder.saved()):
-        checkpoint = load_checkpoint(source)
+        checkpoint = broadcast(best_checkpoint(folder) if world().is_main else None)
+        assert checkpoint is not None
         # A copy: the run's own model may be resumed, and building one anew would draw numbers.
         model = copy.deepcopy(run.embedder.model)
         load_weights(model, checkpoint.model)
@@ -253,6 +303,18 @@ def evaluate_best(run: Run, folder: RunFolder, metrics: MetricsLog, signals: Sto
     logged = log_figures("test", figures)
     figures = {**figures, "evaluated": "test", "validation": checkpoint.metrics}
     progress.metrics, progress.tested = figures, progress.epoch
-    write_metrics(figures, folder.metrics)
+    keep_figures(folder, figures)
     metrics.write({"step": progress.step, "epoch": progress.epoch, **logged})
     logger.info("%s", describe_evaluation(figures, checkpoint.epoch, "test of the best model"))
+
+
+def best_checkpoint(folder: RunFolder) -> Checkpoint:
+    """The best checkpoint of a finished run."""
+    # A run that goes on from another folder's checkpoint may never have been better than that.
+    return load_checkpoint(folder.best if folder.best.exists() else folder.last)
+
+
+def keep_figures(folder: RunFolder, figures: dict[str, Any]) -> None:
+    """Write the last evaluation's figures; of several processes the first does."""
+    if world().is_main:
+        write_metrics(figures, folder.metrics)
