@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -16,8 +18,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "disabled"
 
 from reidreg import synthesize
+from reidreg.cli import main
+from reidreg.logs import logger
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+# Half a million parameters; a ResNet-18 has eleven million, and a test would wait for its files.
+SMALL_BACKBONE = {
+    "backbone.name": "timm",
+    "backbone.model": "test_resnet",
+    "backbone.pretrained": "none",
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,8 +65,7 @@ def tiny(aihub_root: Path, tmp_path: Path) -> dict[str, Any]:
         "input.padding": 3,
         "sampler.batch_size": 8,
         "sampler.instances": 2,
-        "backbone.name": "resnet18",
-        "backbone.pretrained": "none",
+        **SMALL_BACKBONE,
         "schedule.warmup_epochs": 1,
         "schedule.milestones": [2],
         "train.epochs": 1,
@@ -73,7 +83,7 @@ def small_run(aihub_root: Path, output: Path) -> dict[str, Any]:
         "dataset.root": str(aihub_root),
         "input.size": [64, 32],
         "sampler": {"batch_size": 8, "instances": 2},
-        "backbone": {"name": "resnet18", "pretrained": "none"},
+        **SMALL_BACKBONE,
         "train": {"epochs": 1, "workers": 0, "precision": "fp32"},
         "wandb.mode": "disabled",
         "output_dir": str(output),
@@ -101,3 +111,23 @@ def reidreg(tmp_path: Path) -> Command:
         )
 
     return run
+
+
+def run_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in this process, which saves the imports of a new one."""
+    handlers, level = list(logger.handlers), logger.level
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([*arguments])
+    finally:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def reidreg_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """As `reidreg`, but in this process."""
+    monkeypatch.chdir(tmp_path)
+    return run_here

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import csv
 import functools
-import io
 import json
 import os
 import re
@@ -22,13 +20,12 @@ from typing import Any
 import pytest
 
 import reidreg
-from conftest import as_flags
+from conftest import SMALL_BACKBONE, as_flags, run_here
 from reidreg import fit, load_config
-from reidreg.cli import COMMANDS, main
+from reidreg.cli import COMMANDS
 from reidreg.config import ORDER
 from reidreg.evaluation import extract
 from reidreg.features import save_features
-from reidreg.logs import logger
 from reidreg.yamlfile import parse_yaml
 from reidreg_plugins.datasets.aihub_kaist import OFFICIAL
 
@@ -162,8 +159,7 @@ TINY: dict[str, Any] = {
     "input.padding": 3,
     "sampler.batch_size": 8,
     "sampler.instances": 2,
-    "backbone.name": "resnet18",
-    "backbone.pretrained": "none",
+    **SMALL_BACKBONE,
     "schedule.warmup_epochs": 1,
     "schedule.milestones": [2],
     "train.epochs": 1,
@@ -197,15 +193,8 @@ def clone(aihub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(arguments: Sequence[str]) -> tuple[int, str]:
     """Exit code and all output of a command, in this process."""
-    handlers, level = list(logger.handlers), logger.level
-    text = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-            code = main([*arguments])
-    finally:
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
-    return code, text.getvalue()
+    done = run_here(*arguments)
+    return done.returncode, done.stdout + done.stderr
 
 
 # --------------------------------------------------------------------- commands
@@ -506,7 +495,8 @@ EVERY_PART = {
     "evaluator.camera": 2,
     "output_dir": "log/every_part",
 }
-del EVERY_PART["sampler.instances"], EVERY_PART["backbone.pretrained"]
+for option in ("sampler.instances", "backbone.model", "backbone.pretrained"):
+    del EVERY_PART[option]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from reidreg import (
     load_checkpoint,
     load_config,
 )
+from reidreg.checkpoint import save_checkpoint
 from reidreg.errors import CheckpointError, ConfigError, DataError
 from reidreg.evaluation import (
     evaluate_features,
@@ -66,8 +67,17 @@ def test_options_of_the_evaluation_can_be_overridden(trained: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_named_with_their_shapes(trained: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"layer\d.* missing") as caught:
-        evaluate(trained, {"backbone.name": "resnet34"})
+    with pytest.raises(CheckpointError, match=r"bn1\.weight \(32,\) for \(64,\)") as caught:
+        evaluate(trained, {"backbone.name": "resnet18"})
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_missing_are_named(trained: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(trained)
+    del checkpoint.model["backbone.net.layer4.0.conv2.weight"]
+    save_checkpoint(checkpoint, tmp_path / "short.ckpt")
+    with pytest.raises(CheckpointError, match=r"layer4\.0\.conv2\.weight missing") as caught:
+        evaluate(tmp_path / "short.ckpt")
     assert "\n" not in str(caught.value)
 
 
@@ -123,6 +133,6 @@ def test_the_extractor_refuses_what_is_no_crop(trained: Path, crop: Any) -> None
 
 def test_loading_a_checkpoint_gives_its_configuration(trained: Path) -> None:
     checkpoint = load_checkpoint(trained)
-    assert checkpoint.resolved_config().backbone.name == "resnet18"
+    assert checkpoint.resolved_config().backbone.options["model"] == "test_resnet"
     assert checkpoint.preprocessing["size"] == [64, 32]
     assert checkpoint.training is None

@@ -25,8 +25,10 @@ GALLERY = ["1001_c04s43_000475.jpg", "1002_c10s43_003725.jpg"]
 
 def touch(folder: Path, names: Iterable[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        os.close(os.open(folder / name, os.O_CREAT | os.O_WRONLY))
+    first, *others = names
+    (folder / first).touch()
+    for name in others:  # a quarter of what a new file costs
+        os.link(folder / first, folder / name)
     return folder
 
 
@@ -323,15 +325,16 @@ def test_the_whole_of_aihub_is_read_in_less_than_three_seconds(tmp_path: Path) -
             ),
         )
         first_pid += identities
-    seconds = []
+    # Once more where it is too slow: others may be using the machine.
     for _ in range(2):
         start = time.perf_counter()
         dataset = aihub(tmp_path, train_folder=folders)
         counts = [statistics(split) for split in (dataset.train, dataset.query, dataset.gallery)]
         notes = dataset.notes()
-        seconds.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        if seconds < 3:
+            break
     assert counts == [(538, 57_090, 16), (145, 1_065, 16), (145, 15_385, 16)]
     assert sum(images for _, images, _ in counts) == 73_540
     assert notes == []
-    # The faster one: others may be using the machine.
-    assert min(seconds) < 3
+    assert seconds < 3

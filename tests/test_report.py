@@ -21,7 +21,6 @@ from PIL import Image
 
 from conftest import Command
 from reidreg import EVALUATORS, Embeddings, Evaluator, load_plugins
-from reidreg.cli import main
 from reidreg.errors import DataError
 from reidreg.evaluation import Evaluation
 from reidreg.parsing import options_given
@@ -399,20 +398,21 @@ def test_options_are_given_by_files_and_flags(tmp_path: Path) -> None:
 def test_the_command_line_reports_on_features_of_any_system(
     evaluation: Evaluation,
     tmp_path: Path,
-    reidreg: Command,
-    capsys: pytest.CaptureFixture[str],
+    reidreg_here: Command,
 ) -> None:
     for name in ("query", "gallery"):
         side: Embeddings = getattr(evaluation, name)
         arrays = {"features": side.features, "pids": side.pids, "camids": side.camids}
         np.savez(tmp_path / f"{name}.npz", **arrays, paths=np.array(side.paths))
     files = ["--query", "query.npz", "--gallery", "gallery.npz"]
-    done = reidreg("evaluate", *files, "--report", "--evaluator.cameras=false", "--output", "out")
+    done = reidreg_here(
+        "evaluate", *files, "--report", "--evaluator.cameras=false", "--output", "out"
+    )
     assert done.returncode == 0, done.stderr
     assert "report, with images of people in it: out/report/index.html" in done.stdout
     figures = json.loads((tmp_path / "out/metrics.json").read_text())
     assert "verification" in figures and "intervals" in figures and "cameras" not in figures
     text = (tmp_path / "out/report/index.html").read_text()
     assert "query.npz" in text and 'id="scores"' in text and 'class="row"' in text
-    assert main(["evaluate", *files, "--report"]) == 2
-    assert "say with --output DIR" in capsys.readouterr().err
+    refused = reidreg_here("evaluate", *files, "--report")
+    assert refused.returncode == 2 and "say with --output DIR" in refused.stderr

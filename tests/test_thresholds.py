@@ -109,15 +109,17 @@ def test_a_threshold_for_other_features_is_refused_beforehand(
 
 
 def test_fit_and_evaluate_store_a_threshold_and_the_extractor_has_it(
-    tiny: dict[str, Any], reidreg: Command, capsys: pytest.CaptureFixture[str]
+    tiny: dict[str, Any], reidreg_here: Command
 ) -> None:
     fit(load_config("aihub_kaist", tiny))
     ckpt = Path(tiny["output_dir"]) / "checkpoints/best.ckpt"
     assert FeatureExtractor(ckpt, device="cpu").threshold is None
     evaluate = ["evaluate", "--ckpt", str(ckpt), "--save_threshold", "--output", "out"]
-    assert main(evaluate) == 2
-    assert "add --evaluator.verification true" in capsys.readouterr().err
-    done = reidreg(*evaluate, *as_flags({"evaluator.verification": True, "evaluator.far": 0.1}))
+    refused = reidreg_here(*evaluate)
+    assert refused.returncode == 2 and "add --evaluator.verification true" in refused.stderr
+    done = reidreg_here(
+        *evaluate, *as_flags({"evaluator.verification": True, "evaluator.far": 0.1})
+    )
     assert done.returncode == 0, done.stderr
     assert f"threshold stored: {ckpt}" in done.stdout
     stored = load_checkpoint(ckpt).metrics["verification"]

@@ -348,7 +348,7 @@ def test_init_from_takes_the_weights_but_not_a_classifier_of_others(
     fit(other)
     old = load_checkpoint(best).model
     new = load_checkpoint(tmp_path / "tuned/checkpoints/last.ckpt").model
-    key = "backbone.net.layer4.1.conv2.weight"
+    key = "backbone.net.layer4.0.conv2.weight"
     assert torch.allclose(old[key], new[key], atol=1e-6)
     assert not torch.allclose(old["head.classifier.weight"], new["head.classifier.weight"])
     assert "starting anew: head.classifier.weight" in (tmp_path / "tuned/train.log").read_text()
@@ -370,7 +370,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny: Values, tmp_path:
     fit(config)
     last = Path(config.output_dir) / "checkpoints/last.ckpt"
     checkpoint = load_checkpoint(last)
-    checkpoint.model["backbone.net.conv1.weight"][0, 0, 0, 0] = float("nan")
+    checkpoint.model["backbone.net.conv1.0.weight"][0, 0, 0, 0] = float("nan")
     poisoned = tmp_path / "poisoned.ckpt"
     save_checkpoint(checkpoint, poisoned)
     before = last.read_bytes()
@@ -643,7 +643,10 @@ def test_a_signal_to_the_whole_process_group_ends_as_cleanly(tiny: Values, tmp_p
 
 
 def test_a_loading_process_that_dies_is_named_in_one_line(tiny: Values) -> None:
-    values = {**tiny, "train.epochs": 50, "train.workers": 1, "train.cache": "none"}
+    # Steps that are long beside their lines in the log, in which torch's error would get lost.
+    changes = {"train.epochs": 50, "train.workers": 1, "train.cache": "none"}
+    values = {**tiny, **changes, "backbone.name": "resnet18"}
+    del values["backbone.model"]
     process = interrupted(values, signal.SIGCONT, "epoch 1/50 step 2/")
     listed = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
