@@ -289,7 +289,7 @@ def test_approximate_distances_keep_to_their_bound(seed, dim, exponent):
     st.integers(0, 2**32 - 1),
     st.integers(1, 700),
     st.integers(-37, 30),
-    st.sampled_from(["spread", "offset", "alternating", "one large"]),
+    st.sampled_from(["spread", "offset", "alternating", "one large", "unit"]),
 )
 def test_scores_of_float32_keep_to_their_bound(seed, dim, exponent, kind):
     draw = np.random.default_rng(seed)
@@ -301,6 +301,8 @@ def test_scores_of_float32_keep_to_their_bound(seed, dim, exponent, kind):
     elif kind == "one large":
         x[:, 0] = 1e6
     x = (x * 10.0 ** draw.integers(-3, 2, (6, 1)) * 10.0**exponent).astype(np.float32)
+    if kind == "unit":
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
     rows = np.arange(6)
     for metric in ("euclidean", "cosine"):
         distances = Distances(x, x[::-1].copy(), metric)
@@ -313,6 +315,27 @@ def test_scores_of_float32_keep_to_their_bound(seed, dim, exponent, kind):
         pairs = np.repeat(rows, 6), np.tile(rows, 6)
         for found in (distances.pairs(*pairs), distances.near_pairs(*pairs, 4)):
             assert np.abs(found - exact).max() < distances.slack
+
+
+@pytest.mark.parametrize(("units", "shared"), [(0, True), (3.5, True), (6, False)])
+def test_vectors_that_are_nearly_of_unit_length_are_compared_without_a_copy(
+    units: float, shared: bool
+) -> None:
+    draw = np.random.default_rng(0)
+    unit = draw.standard_normal((50, 300))
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    # Lengths off by so many units of float32's rounding, one way and the other.
+    lengths = 1 + units * 2.0**-24 * (-1.0) ** np.arange(50)[:, None]
+    features = torch.from_numpy((unit * lengths).astype(np.float32))
+    distances = Distances(features, features.clone(), "cosine")
+    vectors, _ = distances.score_items(slice(0, 50))
+    raw = distances.gallery.features
+    assert (vectors.data_ptr() == raw.data_ptr()) is shared
+    true = raw.double() / raw.double().norm(dim=1, keepdim=True)
+    for sign, found in ((1, vectors), (-1, distances.score_queries(slice(0, 50)))):
+        error = (sign * found.double() - true).abs()
+        assert bool((error <= 4.01 * 2.0**-24 * true.abs()).all())
+    assert torch.equal(raw, features)
 
 
 def exact_positions(query, gallery, metric):
