@@ -27,7 +27,7 @@ from torch import Tensor
 
 from reidreg.config import Config, config_from_dict
 from reidreg.data import Labels
-from reidreg.errors import CheckpointError
+from reidreg.errors import CheckpointError, DamagedError
 from reidreg.files import sync
 
 FORMAT = "reidreg checkpoint"
@@ -106,8 +106,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint, on the CPU. Nothing in the file is executed.
 
     Raises:
-        CheckpointError: The file is missing, damaged, not a checkpoint of reidreg, or of a newer
-            format.
+        DamagedError: The file is damaged, or no checkpoint of reidreg.
+        CheckpointError: The file is missing, other weights, or of a newer format.
     """
     path = Path(os.path.expanduser(path))
     text, tensors = _read(path)
@@ -147,11 +147,11 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
             )
         content, digest = header["content"], header["sha256"]
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
+        raise DamagedError(
             f"{path} is damaged or no checkpoint of reidreg ({size:,} bytes; {_reason(error)})"
         ) from error
     if digest_of(content, tensors) != digest:
-        raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
+        raise DamagedError(f"{path} is damaged: its content does not match its checksum")
     return content, tensors
 
 

@@ -172,6 +172,12 @@ def _fit(arguments: list[str], trial: Trial | None) -> int:
                 "default": None,
                 "help": "go on from the newest checkpoint in output_dir, or from a file",
             },
+            "profile": {
+                "type": int,
+                "default": 0,
+                "metavar": "N",
+                "help": "time N steps, record N more in output_dir/profile, and go on",
+            },
             "print_config": {
                 "action": "store_true",
                 "help": "print the resolved configuration and stop",
@@ -195,7 +201,7 @@ def _fit(arguments: list[str], trial: Trial | None) -> int:
     note = trial.unseen(config) if trial else None
     if note:
         logger.warning("note: %s", note)
-    figures = fit(config, own["resume"])
+    figures = fit(config, own["resume"], profile=own["profile"])
     if not launched().is_main:
         return 0
     if figures:

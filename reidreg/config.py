@@ -151,6 +151,7 @@ class TrainConfig:
         freeze_epochs: For how many epochs.
         device: auto, cpu, cuda, cuda:N or mps; auto is cuda where there is one, else cpu.
         seed: Of everything that is random.
+        preflight: Try a step and an evaluation of a few people before the first epoch.
     """
 
     epochs: Positive = 120
@@ -172,6 +173,7 @@ class TrainConfig:
     freeze_epochs: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
     device: str = "auto"
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    preflight: bool = True
 
     @staticmethod
     def check(options: dict[str, Any]) -> None:
@@ -230,7 +232,14 @@ FIXED_SECTIONS: dict[str, type] = {
     "wandb": WandbConfig,
 }
 # What the log says of training besides the terms of the loss, behind `train/`.
-TRAINING_FIGURES = ("loss", "accuracy", "lr", "images_per_second", "peak_memory_gib")
+TRAINING_FIGURES = (
+    "loss",
+    "accuracy",
+    "lr",
+    "images_per_second",
+    "data_wait",
+    "peak_memory_gib",
+)
 PART_SECTIONS = ("dataset", "sampler", "backbone", "head", "evaluator")
 ORDER = (
     "dataset",

@@ -21,6 +21,7 @@ from reidreg.image_cache import ImageCache, count_cores, open_image_cache
 from reidreg.images import load_images
 from reidreg.interfaces import Dataset, Sampler
 from reidreg.lifeline import end_with_parent
+from reidreg.phases import UNHEARD, Phases
 from reidreg.transforms import Augmentation
 from reidreg.values import Batch, Sample
 
@@ -151,8 +152,18 @@ class TrainLoader:
         """How many processes load, as is known once the loader is prepared."""
         return self._workers if self._cache is None else 0
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def pids_of(self, indices: Sequence[int]) -> Tensor:
+        """The labels (B,) of training images."""
+        return self._pids[list(indices)]
+
+    def epoch(self, epoch: int, start: int = 0, phases: Phases = UNHEARD) -> Iterator[Batch]:
         """The batches of an epoch, from 0, beginning with the given one.
+
+        Args:
+            epoch: Which one.
+            start: The position of the first batch.
+            phases: Told when a batch goes to the device; not of a CUDA device, where that happens
+                beside the step before.
 
         Raises:
             ConfigError: There is no room for the cache.
@@ -162,12 +173,13 @@ class TrainLoader:
         self._plan.sampler.set_epoch(epoch)
         self._plan.start = start
         if self._device.type == "cuda":
-            return _one_ahead(self._batches(epoch, start), self._device)
-        return self._batches(epoch, start)
+            return _one_ahead(self._batches(epoch, start, UNHEARD), self._device)
+        return self._batches(epoch, start, phases)
 
-    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, start: int, phases: Phases) -> Iterator[Batch]:
         pixels = zip(self._pixels(), self._plan, strict=True)
         for position, (images, indices) in enumerate(pixels, start=start):
+            phases.begin("host to device")
             count = len(indices)
             key = (self._seed, epoch, position)
             views = self._augmentation.draw(count * self._world_size, key)

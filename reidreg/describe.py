@@ -79,7 +79,8 @@ def describe_step(figures: Mapping[str, float], batch: int, steps: int, epochs: 
     shown = "" if accuracy is None else f" accuracy {accuracy:.3f}"
     return (
         f"epoch {figures['epoch']:.0f}/{epochs} step {batch}/{steps} {terms}{shown} "
-        f"lr {figures['train/lr']:.3g} {figures['train/images_per_second']:.0f} images/s"
+        f"lr {figures['train/lr']:.3g} {figures['train/images_per_second']:.0f} images/s, "
+        f"{figures['train/data_wait']:.0%} waiting for data"
     )
 
 

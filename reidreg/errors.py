@@ -6,9 +6,10 @@ Exception
 │   │   └── UnknownNameError     no part is registered under this name
 │   ├── PluginError              a plugin could not be loaded, or claims a taken name
 │   ├── DataError                a folder, an image, a feature file
-│   ├── CheckpointError          a checkpoint is damaged, foreign, or does not fit
+│   ├── CheckpointError          a checkpoint is missing, foreign, or does not fit
+│   │   └── DamagedError             its file is not whole
 │   ├── DeviceError              a device is missing or its memory does not suffice
-│   └── RankError                the processes of a run do not fit together, or one is gone
+ │   └── RankError                the processes of a run do not fit together, or one is gone
 ├── DivergedError           3    the loss or a gradient is not finite
 └── InterruptedRun     130, 143  SIGINT or SIGTERM, after saving
 """
@@ -43,6 +44,10 @@ class DataError(ReidregError):
 
 class CheckpointError(ReidregError):
     """A checkpoint is missing, damaged, of another format, or does not fit the run."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint's file is not whole, or not one of ours."""
 
 
 class DeviceError(ReidregError):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from reidreg.distributed import mean_over_processes, world
+from reidreg.memory import GIB, peak_memory
+
+T = TypeVar("T")
 
 
 class Meter:
@@ -22,6 +25,7 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._images = 0
+        self._waited = 0.0
         self._losses: list[str] = []
         self._start = time.perf_counter()
         self.short = ""
@@ -29,7 +33,20 @@ class Meter:
     def resume_clock(self) -> None:
         """Start counting seconds now: what was done since the last line was not training."""
         if self._steps == 0:
-            self._start = time.perf_counter()
+            self._start, self._waited = time.perf_counter(), 0.0
+
+    def watching(self, batches: Iterator[T]) -> Iterator[T]:
+        """Pass batches on, adding up the seconds until each is there.
+
+        By the host's clock: a CUDA device may be at work meanwhile, on steps that were queued.
+        """
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     @torch.no_grad()
     def add(
@@ -65,14 +82,15 @@ class Meter:
         seconds = time.perf_counter() - self._start
         figures["train/lr"] = lr
         figures["train/images_per_second"] = world().size * self._images / max(seconds, 1e-9)
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-            figures["train/peak_memory_gib"] = peak / 2**30
+        figures["train/data_wait"] = self._waited / max(seconds, 1e-9)
+        peak = peak_memory(device)
+        if peak is not None:
+            figures["train/peak_memory_gib"] = peak / GIB
         losses = [f"{key.removeprefix('train/')} {figures[key]:.2f}" for key in self._losses]
         speed = f"{figures['train/images_per_second']:.0f} images/s"
         self.short = " ".join([*losses, speed])
         self._sums, self._steps, self._images = {}, 0, 0
-        self._start = time.perf_counter()
+        self._start, self._waited = time.perf_counter(), 0.0
         return figures
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,4 +102,4 @@ class Meter:
         """Take over the sums of an interrupted run; its seconds are gone."""
         self._sums = dict(state["sums"])
         self._steps, self._images = state["steps"], state["images"]
-        self._start = time.perf_counter()
+        self._start, self._waited = time.perf_counter(), 0.0

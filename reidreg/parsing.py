@@ -37,6 +37,7 @@ from reidreg.config import (
 from reidreg.errors import ConfigError, did_you_mean
 from reidreg.schedules import SCHEDULES
 from reidreg.schema import (
+    AUTO,
     RUN_TIME_FACTS,
     Option,
     check_limits,
@@ -52,6 +53,8 @@ Layer = str | Path | Mapping[str, Any]
 DEFAULT_SCHEDULE = "multistep"
 _TERM = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 _INHERITED = object()  # a key that no file can hold
+# What may be `auto` without a word of it in a part's signature: a run finds the number.
+_FOUND_OUT = frozenset({"sampler.batch_size"})
 
 
 def load_config(*layers: Layer, flags: Sequence[str] = ()) -> Config:
@@ -99,7 +102,10 @@ class Group:
 
     def own_options(self) -> dict[str, Option]:
         """The options of the class, by name."""
-        return options_of(self.part, self.facts)
+        return {
+            name: option.or_auto() if self.prefixed(name) in _FOUND_OUT else option
+            for name, option in options_of(self.part, self.facts).items()
+        }
 
     def options(self) -> dict[str, Option]:
         """All that may stand in the section, by full key."""
@@ -361,13 +367,17 @@ def build_parser(
     for group in groups:
         _add_group(parser, group)
     known = _known_keys(groups)
-    for action in parser._actions:
+    actions: list[Any] = parser._actions
+    for action in actions:
         # jsonargparse offers a file for each section; `--config` layers files, so one way is
         # enough, and the help stays short.
         if type(action).__name__ == "_ActionConfigLoad":
             action.help = argparse.SUPPRESS
         elif action.dest in known and action.choices is None:
             action.metavar = "VALUE"
+        if action.dest in _FOUND_OUT:
+            # The parser reads the signature alone, which does not have the word.
+            action._typehint = action._typehint | Literal["auto"]
     return parser
 
 
@@ -558,7 +568,9 @@ def _check_values(resolved: dict[str, Any], groups: list[Group]) -> None:
             check_limits(key, value, option.hint)
         if group.key:
             own = {name: section[name] for name in group.own_options()}
-            check_options(group.part, own, group.key, group.facts)
+            # What does not go with a number can only be said once there is one.
+            if not any(group.prefixed(name) in _FOUND_OUT and own[name] == AUTO for name in own):
+                check_options(group.part, own, group.key, group.facts)
     if not resolved["output_dir"]:
         raise ConfigError("output_dir: expected a folder, got an empty text")
     losses = resolved["losses"]

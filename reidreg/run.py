@@ -20,7 +20,7 @@ from reidreg.data import Labels, TrainLoader, count_workers, labels_of, training
 from reidreg.devices import choose_device
 from reidreg.distributed import broadcast_state, check_same_run, gather, main_first, world
 from reidreg.embedding import Embedder, make_embedder
-from reidreg.errors import CheckpointError, ConfigError, DataError, ReidregError
+from reidreg.errors import CheckpointError, ConfigError, DataError
 from reidreg.evaluation import load_weights
 from reidreg.freezing import Freezer
 from reidreg.guard import Guard
@@ -31,7 +31,6 @@ from reidreg.model import Model, build_model
 from reidreg.network import Network
 from reidreg.objective import Objective, build_objective
 from reidreg.optimizers import layer_scales, make_optimizer, make_schedule
-from reidreg.parsing import load_config
 from reidreg.schedules import Schedule
 from reidreg.shares import build_sampler
 from reidreg.synchronised import synchronise_batchnorm
@@ -344,25 +343,19 @@ def capture(run: Run, resumable: bool = True) -> Checkpoint:
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Put a run where a checkpoint left off; options may differ, what they are is logged.
+    """Put a run where a checkpoint left off, that `check_resume` found nothing against.
 
     Raises:
-        CheckpointError: The checkpoint cannot be resumed, or not by this run.
+        CheckpointError: It was trained on other people, or its states do not fit.
     """
     training = checkpoint.training
-    if training is None:
-        raise CheckpointError(
-            "this checkpoint holds weights alone and cannot be resumed: use checkpoints/last.ckpt, "
-            "or start a new run from the weights with --init_from"
-        )
+    assert training is not None  # as `check_resume` has seen
     if checkpoint.labels.pids != run.embedder.labels.pids:
         raise CheckpointError(
             f"the checkpoint was trained on {len(checkpoint.labels.pids)} identities, the data "
             f"has {len(run.embedder.labels.pids)}, or others: start a new run from its weights "
             "with --init_from"
         )
-    for line in differences(completed(checkpoint.config), run.config.as_dict()):
-        logger.info("changed on resume: %s", line)
     load_weights(run.model, training.get("model", checkpoint.model))
     if run.average is not None:
         run.average.load(checkpoint.model)
@@ -371,7 +364,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     own = run.objective.optimizers
     for term, state in training["objective_optimizers"].items():
         load_optimizer(own[term], state, f"losses.{term}")
-    run.scaler.load_state_dict(training["scaler"])
+    if training["scaler"] and run.scaler.is_enabled():  # both in fp16
+        run.scaler.load_state_dict(training["scaler"])
     run.sampler.load_state_dict(training["sampler"])
     run.progress = Progress(**training["progress"])
     restore_own(run, [training, *training.get("others", [])])
@@ -409,7 +403,8 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], key: str) -> 
     if places != [group["params"] for group in saved["param_groups"]]:
         raise CheckpointError(
             f"{key}: the checkpoint's optimizer grouped the parameters differently, so it cannot "
-            "go on; keep bias_lr_factor and bias_weight_decay, or start anew with --init_from"
+            "go on; keep optimizer.bias_lr_factor, bias_weight_decay and layer_decay, or start a "
+            "new run from its weights with --init_from"
         )
     known = set(current["param_groups"][0])
     if known != set(saved["param_groups"][0]):
@@ -420,26 +415,6 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], key: str) -> 
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 # In the parameter's memory layout again: kernels walk both side by side.
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A checkpoint's configuration with the options that its reidreg did not have, by default."""
-    try:
-        return load_config(config).as_dict()
-    except ReidregError:  # it has one that we do not have; each difference is shown then
-        return config
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys in which two plain configurations differ, with both values."""
-    lines = []
-    for key in [*old, *(key for key in new if key not in old)]:
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before} -> {after}")
-    return lines
 
 
 def random_state() -> dict[str, Any]:

@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from reidreg.checkpoint import remove_partial_files
+from reidreg.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    remove_partial_files,
+    save_checkpoint,
+)
 from reidreg.config import Config
-from reidreg.errors import CheckpointError, ConfigError
+from reidreg.errors import CheckpointError, ConfigError, DamagedError
 from reidreg.locking import exclusive
-from reidreg.logs import log_to_file
+from reidreg.logs import log_to_file, logger
 from reidreg.yamlfile import dump_yaml
 
 
@@ -51,8 +56,17 @@ class RunFolder:
         return self.checkpoints / "last.ckpt"
 
     @property
+    def previous(self) -> Path:
+        """What `last` was before; it takes no second writing, but as much room again."""
+        return self.checkpoints / "previous.ckpt"
+
+    @property
     def best(self) -> Path:
         return self.checkpoints / "best.ckpt"
+
+    @property
+    def profile(self) -> Path:
+        return self.root / "profile"
 
     def at_epoch(self, epoch: int) -> Path:
         """The kept checkpoint of an epoch."""
@@ -94,18 +108,54 @@ class RunFolder:
         else:
             self._mark.unlink(missing_ok=True)
 
-    def to_resume(self, resume: str | None) -> Path | None:
-        """The checkpoint that `--resume` means, or None for a new run.
+    def save_last(self, checkpoint: Checkpoint) -> None:
+        """Write `last`, and keep what stood there as `previous`.
 
         Raises:
-            CheckpointError: A path was given and there is no such file.
+            CheckpointError: The folder cannot be written to, or the disk is full.
         """
-        if resume is None or (resume == "auto" and not self.last.exists()):
+        spare = self.checkpoints / f".previous.{os.getpid()}.partial"
+        # A second name for the same bytes; not every file system has that, and then there is none.
+        with contextlib.suppress(OSError):
+            os.link(self.last, spare)
+            os.replace(spare, self.previous)
+        save_checkpoint(checkpoint, self.last)
+
+    def open_resumable(self, resume: str | None) -> tuple[Path, Checkpoint] | None:
+        """The checkpoint that `--resume` means, or None for a new run.
+
+        Where `auto` finds `last` damaged, `previous` takes its place.
+
+        Raises:
+            CheckpointError: A path was given and there is no such file, or nothing whole is left.
+        """
+        if resume is None:
             return None
-        path = self.last if resume == "auto" else Path(resume).expanduser()
-        if not path.is_file():
-            raise CheckpointError(f"--resume {resume}: no such file; `--resume auto` finds it")
-        return path
+        if resume != "auto":
+            path = Path(resume).expanduser()
+            if not path.is_file():
+                raise CheckpointError(f"--resume {resume}: no such file; `--resume auto` finds it")
+            return path, load_checkpoint(path)
+        if not self.last.exists():
+            return None
+        try:
+            return self.last, load_checkpoint(self.last)
+        except DamagedError as error:
+            return self.last, self._instead_of_last(error)
+
+    def _instead_of_last(self, damage: DamagedError) -> Checkpoint:
+        try:
+            checkpoint = load_checkpoint(self.previous)
+        except CheckpointError:
+            raise DamagedError(
+                f"{damage}; no other checkpoint here can be resumed: start a new run with "
+                "--init_from, from the weights of best.ckpt or epoch_*.ckpt, and another "
+                "--output_dir"
+            ) from damage
+        logger.warning("%s; going on from %s", damage, self.previous)
+        # Or the next save would keep the damaged one, and lose this.
+        os.replace(self.previous, self.last)
+        return checkpoint
 
     def set_earlier_run_aside(self) -> Path | None:
         """Move the files of an earlier run into a folder of their own; the log goes on.

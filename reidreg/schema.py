@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
@@ -36,6 +36,9 @@ RUN_TIME_FACTS = frozenset(
 
 Bound = Ge | Gt | Le | Lt
 
+# The word that stands for a number which the framework finds out before a part is built.
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class Option:
@@ -54,6 +57,10 @@ class Option:
     @property
     def required(self) -> bool:
         return self.default is inspect.Parameter.empty
+
+    def or_auto(self) -> Option:
+        """The same option, which may be `auto` too."""
+        return replace(self, hint=self.hint | typing.Literal["auto"])
 
 
 def options_of(part: type, facts: frozenset[str] = RUN_TIME_FACTS) -> dict[str, Option]:

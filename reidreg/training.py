@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from reidreg.batch_size import with_batch_size
 from reidreg.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reidreg.config import Config
 from reidreg.data import loading_processes
@@ -28,10 +29,15 @@ from reidreg.distributed import (
     wait,
     world,
 )
-from reidreg.errors import DataError, DeviceError, InterruptedRun
+from reidreg.errors import ConfigError, DataError, DeviceError, InterruptedRun
 from reidreg.evaluation import evaluate_dataset, load_weights, write_metrics
 from reidreg.logs import MetricsLog, ProgressBar, log_to_nobody, logger, start_wandb
+from reidreg.memory import describe_shortage
 from reidreg.optimizers import set_learning_rate
+from reidreg.phases import DATA, UNHEARD, Phases
+from reidreg.preflight import preflight
+from reidreg.profiling import Profile
+from reidreg.resuming import check_resume
 from reidreg.run import Run, build_run, capture, restore, start_weights
 from reidreg.runfolder import RunFolder
 from reidreg.signals import StopSignals
@@ -39,7 +45,7 @@ from reidreg.values import Batch
 from reidreg.world import launched
 
 
-def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
+def fit(config: Config, resume: str | None = None, profile: int = 0) -> dict[str, Any]:
     """Train a model, evaluating as it goes and at the end.
 
     With `validation.identities` the evaluations are of held-out training identities, and the best
@@ -49,6 +55,7 @@ def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
         config: What to train, from `load_config`.
         resume: `auto` goes on from the newest checkpoint in `output_dir`, if there is one; a path
             goes on from that file; None starts a new run and sets an earlier one's files aside.
+        profile: How many steps to time, and to record in `output_dir`/profile; 0 for none.
 
     Returns:
         The last evaluation's figures, fractions 0..1.
@@ -58,6 +65,8 @@ def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
         DivergedError: The loss or a gradient is not finite.
         InterruptedRun: SIGINT or SIGTERM came, and the state is saved.
     """
+    if profile < 0:
+        raise ConfigError(f"--profile: {profile} is no number of steps; 0 is none")
     device = choose_device(config.train.device)
     folder = RunFolder(Path(config.output_dir).expanduser())
     with (
@@ -65,9 +74,9 @@ def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
         joined(device, config.train.rank_timeout) as processes,
         folder.held() if processes.is_main else log_to_nobody(),
     ):
-        # Before anything slow: a wrong path is said at once.
-        source, checkpoint = broadcast(
-            first_checkpoint(folder, config, resume) if processes.is_main else (None, None)
+        # Before anything slow: a wrong path, or an option that cannot change, is said at once.
+        config, source, checkpoint = broadcast(
+            beginning(folder, config, resume) if processes.is_main else (config, None, None)
         )
         run = build_run(config)
         if source is not None and checkpoint is not None:
@@ -75,33 +84,49 @@ def fit(config: Config, resume: str | None = None) -> dict[str, Any]:
             logger.info("resumed from %s at step %d", source, run.progress.step)
         else:
             start_weights(run, checkpoint)
+        with signals.immediate(folder.saved() if source else None):
+            with main_first():
+                run.loader.prepare()
+            announce(run)
+            if config.train.preflight:
+                preflight(run)
         if processes.is_main:
             begin_files(folder, config, anew=source is None)
-        with signals.immediate(folder.saved()), main_first():
-            run.loader.prepare()
-        announce(run)
         metrics = open_metrics(run, folder)
+        listening = profile and processes.is_main
+        phases = Profile(profile, folder.profile, device) if listening else UNHEARD
         exit_code = 1
         try:
-            train(run, folder, metrics, signals)
+            train(run, folder, metrics, signals, phases)
             exit_code = 0
         except torch.OutOfMemoryError as error:
             raise DeviceError(describe_shortage(run.embedder.device)) from error
         finally:
+            phases.close()
             metrics.close(exit_code)
         return run.progress.metrics
 
 
-def first_checkpoint(
+def beginning(
     folder: RunFolder, config: Config, resume: str | None
-) -> tuple[Path | None, Checkpoint | None]:
-    """The file to resume from, if there is one, and the checkpoint to begin with, if any."""
+) -> tuple[Config, Path | None, Checkpoint | None]:
+    """The configuration to run, the file to resume from, and the checkpoint to begin with, if any.
+
+    Raises:
+        CheckpointError: It is not there, not whole, or not to be resumed with this configuration.
+    """
     if launched().restarts and folder.begun():
         resume = "auto"  # the launcher has started this very run again
-    source = folder.to_resume(resume)
-    folder.mark_begun(source is not None)
-    start = source or config.init_from
-    return source, load_checkpoint(start) if start else None
+    resumed = folder.open_resumable(resume)
+    folder.mark_begun(resumed is not None)
+    if resumed is None:
+        start = load_checkpoint(config.init_from) if config.init_from else None
+        return with_batch_size(config), None, start
+    source, checkpoint = resumed
+    config = with_batch_size(config, checkpoint)
+    for change in check_resume(checkpoint.config, checkpoint.training, config):
+        logger.info("changed on resume: %s", change)
+    return config, source, checkpoint
 
 
 def begin_files(folder: RunFolder, config: Config, anew: bool) -> None:
@@ -131,7 +156,9 @@ def open_metrics(run: Run, folder: RunFolder) -> MetricsLog:
 # --------------------------------------------------------------------- the loop
 
 
-def train(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
+def train(
+    run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals, phases: Phases
+) -> None:
     """Train the epochs that are left."""
     config, progress = run.config.train, run.progress
     if config.eval_untrained and progress.step == 0:
@@ -141,27 +168,29 @@ def train(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals
         if not evaluation_due(run):
             try:
                 with loading_processes():
-                    train_epoch(run, folder, metrics, signals)
+                    train_epoch(run, folder, metrics, signals, phases)
             except DataError:
                 # Some schedulers end the loading processes together with the run. The step under
                 # way may be half done then, so what counts is what was saved before.
                 if signals.received is not None:
                     raise InterruptedRun(signals.received, folder.saved()) from None
                 raise
-            save(run, folder.last)
+            save_last(run, folder)
         if evaluation_due(run):
             evaluate_epoch(run, folder, metrics, signals)
-            save(run, folder.last)
+            save_last(run, folder)
         if progress.epoch % config.checkpoint_every == 0:
             kept = folder.at_epoch(progress.epoch)
-            save(run, kept, resumable=False)
+            save_weights(run, kept)
             logger.info("saved %s", kept)
     if test_due(run):
         evaluate_best(run, folder, metrics, signals)
-        save(run, folder.last)
+        save_last(run, folder)
 
 
-def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
+def train_epoch(
+    run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals, phases: Phases
+) -> None:
     """Train the rest of the epoch under way."""
     config, progress, meter = run.config.train, run.progress, run.meter
     set_learning_rate(run.optimizer, run.schedule.factor(progress.epoch + 1))
@@ -172,8 +201,11 @@ def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopS
     with ProgressBar(f"epoch {progress.epoch + 1}/{config.epochs}", steps) as bar:
         bar.report(progress.batch, steps)
         meter.resume_clock()
-        for batch in together(run.loader.epoch(progress.epoch, start=progress.batch)):
-            train_step(run, batch)
+        batches = run.loader.epoch(progress.epoch, start=progress.batch, phases=phases)
+        phases.begin(DATA)
+        for batch in meter.watching(together(batches)):
+            train_step(run, batch, phases)
+            phases.begin("other")
 
             # -------------------- once in a while --------------------
             if progress.batch % config.log_every == 0 or progress.batch == steps:
@@ -186,22 +218,28 @@ def train_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopS
             bar.advance()
             if progress.batch < steps:
                 stop_if_asked(run, folder, signals)
+            phases.end_step()
+    phases.end_epoch()
     progress.epoch += 1
     progress.batch = 0
     stop_if_asked(run, folder, signals, at_once=True)
 
 
-def train_step(run: Run, batch: Batch) -> None:
+def train_step(run: Run, batch: Batch, phases: Phases = UNHEARD) -> None:
     """Make a step with a batch, which is on the device; nothing here waits for the device."""
     parts = run.config.train.accumulate
     run.optimizer.zero_grad()
     run.objective.zero_grad()
     for number, part in enumerate(parts_of(batch, parts), start=1):
         with run.network.averaging(now=number == parts):
+            phases.begin("forward")
             loss, terms, logits = run.network(part)
+            phases.begin("backward")
             run.scaler.scale(loss / parts).backward()  # type: ignore[no-untyped-call]
+        phases.begin("other")
         run.meter.add(loss, terms, logits, part.pids)
 
+    phases.begin("optimizer")
     trained = [parameter for parameter in run.parameters if parameter.grad is not None]
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
@@ -233,27 +271,24 @@ def stop_if_asked(run: Run, folder: RunFolder, signals: StopSignals, at_once: bo
     received = signals.agreed(at_once)
     if received is not None:
         run.guard.check()
-        save(run, folder.last)
+        save_last(run, folder)
         raise InterruptedRun(received, str(folder.last))
 
 
-def save(run: Run, path: Path, resumable: bool = True) -> None:
-    """Write a checkpoint; of several processes the first does, and the others wait for it."""
-    checkpoint = capture(run, resumable)
+def save_last(run: Run, folder: RunFolder) -> None:
+    """Write what a resume needs; of several processes the first does, and the others wait."""
+    checkpoint = capture(run)
     if world().is_main:
-        save_checkpoint(checkpoint, path)
+        folder.save_last(checkpoint)
     wait()
 
 
-def describe_shortage(device: torch.device) -> str:
-    """What to say when the device's memory did not suffice."""
-    free, total = torch.cuda.mem_get_info(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    return (
-        f"{device} is out of memory: this run used {peak / 2**30:.1f} GiB, {free / 2**30:.1f} of "
-        f"{total / 2**30:.1f} GiB are free; add --config overlays/low_memory, or lower "
-        "--sampler.batch_size or --input.size"
-    )
+def save_weights(run: Run, path: Path) -> None:
+    """Write a checkpoint to evaluate and to start from; of several processes the first does."""
+    checkpoint = capture(run, resumable=False)
+    if world().is_main:
+        save_checkpoint(checkpoint, path)
+    wait()
 
 
 def evaluation_due(run: Run) -> bool:
@@ -279,7 +314,7 @@ def evaluate_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: St
     if progress.epoch > 0 and figures["mAP"] > progress.best:
         progress.best = figures["mAP"]
         metrics.summarise({f"best/{key}": figures[key] for key in ("mAP", "mINP", "rank1")})
-        save(run, folder.best, resumable=False)
+        save_weights(run, folder.best)
         logger.info("saved %s (best mAP so far)", folder.best)
 
 

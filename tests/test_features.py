@@ -54,7 +54,8 @@ from reidreg.evaluation import (
 )
 from reidreg.files import replacing
 from reidreg.interfaces import EVALUATORS
-from reidreg.run import build_run, capture, completed, differences
+from reidreg.resuming import changes_between
+from reidreg.run import build_run, capture
 
 
 def some_embeddings(count: int = 6, width: int = 5, seed: int = 0) -> Embeddings:
@@ -781,8 +782,8 @@ def test_a_checkpoint_without_the_newer_options_is_read_as_before(
     assert config_from_dict(old.as_dict()) == old
     # A resume shows options that changed, not those that were not there yet.
     current = load_checkpoint(model).config
-    assert differences(completed(old.as_dict()), current) == []
-    assert differences(completed({**old.as_dict(), "gone": 1}), current)
+    assert changes_between(old.as_dict(), current) == []
+    assert changes_between({**old.as_dict(), "gone": 1}, current)
     crops = [np.full((64, 32, 3), 90, np.uint8)]
     assert torch.equal(
         FeatureExtractor(tmp_path / "old.ckpt", "cpu")(crops),

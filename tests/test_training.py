@@ -26,6 +26,8 @@ from reidreg.run import Run, build_run, capture, start_weights
 from reidreg.training import train_step
 
 Values = dict[str, Any]
+# What differs between two runs of the same numbers.
+OF_THE_MOMENT = {"train/images_per_second", "train/data_wait", "train/peak_memory_gib"}
 
 
 def configure(tiny: Values, **changes: Any) -> Config:
@@ -34,8 +36,8 @@ def configure(tiny: Values, **changes: Any) -> Config:
 
 def lines_of(folder: Path) -> list[dict[str, float]]:
     text = (folder / "metrics.jsonl").read_text()
-    timeless = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in line.items() if "per_second" not in k} for line in timeless]
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in line.items() if k not in OF_THE_MOMENT} for line in lines]
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:
@@ -78,7 +80,13 @@ def test_a_run_leaves_the_files_that_are_promised(tiny: Values) -> None:
         "checkpoints",
     }
     names = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert names == {"last.ckpt", "best.ckpt", "epoch_0001.ckpt", "epoch_0002.ckpt"}
+    assert names == {
+        "last.ckpt",
+        "previous.ckpt",
+        "best.ckpt",
+        "epoch_0001.ckpt",
+        "epoch_0002.ckpt",
+    }
     stored = json.loads((folder / "metrics.json").read_text())
     assert stored == figures
     assert {"mAP", "mINP", "rank1", "rank5", "rank10", "cmc"} <= stored.keys()
@@ -91,7 +99,8 @@ def test_a_run_leaves_the_files_that_are_promised(tiny: Values) -> None:
 def test_metrics_jsonl_has_the_promised_keys_and_steps_that_never_fall(tiny: Values) -> None:
     config = configure(tiny, train__epochs=2, train__eval_every=1)
     fit(config)
-    lines = lines_of(Path(config.output_dir))
+    text = (Path(config.output_dir) / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     steps = [line["step"] for line in lines]
     assert steps == sorted(steps)
     training = [line for line in lines if "train/loss" in line]
@@ -103,8 +112,13 @@ def test_metrics_jsonl_has_the_promised_keys_and_steps_that_never_fall(tiny: Val
         "train/triplet",
         "train/accuracy",
         "train/lr",
+        "train/images_per_second",
+        "train/data_wait",
+        "train/peak_memory_gib",
     }
     assert all(line.keys() == keys for line in training)
+    assert all(0 < line["train/data_wait"] < 1 for line in training)
+    assert all(0.1 < line["train/peak_memory_gib"] < 100 for line in training)
     validation = [line for line in lines if "val/mAP" in line]
     assert [line["epoch"] for line in validation] == [1, 2]
     assert validation[0].keys() >= {"val/mAP", "val/mINP", "val/rank1", "val/rank5", "val/rank10"}
@@ -262,6 +276,28 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tiny: Values, tmp_p
     )
     assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "killed")
     assert not list((tmp_path / "killed/checkpoints").glob(".*"))
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before_and_no_number_changes(
+    tiny: Values, tmp_path: Path
+) -> None:
+    fit(configure(tiny, train__epochs=3, output_dir=str(tmp_path / "whole")))
+    last = tmp_path / "damaged/checkpoints/last.ckpt"
+    damaged = {"output_dir": str(tmp_path / "damaged"), "train__eval_every": 3}
+    fit(configure(tiny, **damaged, train__epochs=2))
+    os.truncate(last, 1_000_000)
+    fit(configure(tiny, **damaged, train__epochs=3), resume="auto")
+    assert "last.ckpt is damaged" in (tmp_path / "damaged/train.log").read_text()
+    assert not differing(tmp_path / "whole/checkpoints/last.ckpt", last)
+
+
+def test_a_run_in_full_precision_goes_on_with_a_scaled_loss(tiny: Values) -> None:
+    from reidreg.run import build_run, capture, restore
+
+    saved = capture(build_run(configure(tiny)))
+    run = build_run(configure(tiny, train__precision="fp16"))
+    restore(run, saved)
+    assert run.scaler.is_enabled() and run.scaler.get_scale() > 1
 
 
 def test_resume_auto_without_a_checkpoint_starts_anew(tiny: Values) -> None:
@@ -609,8 +645,9 @@ def test_a_gpu_run_learns_and_resumes(tiny: Values) -> None:
         fit(config)
         longer = load_config(config.as_dict(), {"train.epochs": 2})
         assert fit(longer, resume="auto")["num_valid_queries"] > 0
-        last = lines_of(Path(config.output_dir))[-2]
-        assert last["train/peak_memory_gib"] > 0
+        lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-2])["train/peak_memory_gib"] > 0
+        assert "memory: a step needs" in (Path(config.output_dir) / "train.log").read_text()
 
 
 def test_no_process_is_left_behind_by_a_signal(tiny: Values) -> None:
