@@ -501,7 +501,7 @@ def test_averaged_weights_are_evaluated_kept_and_follow_the_formula(tiny: Values
             assert torch.allclose(value.double(), expected[key], atol=1e-6), key
     saved = capture(run)
     assert saved.training is not None
-    key = "backbone.net.conv1.weight"
+    key = "backbone.net.conv1.0.weight"
     assert torch.equal(saved.model[key], run.average.model.state_dict()[key])
     assert torch.equal(saved.training["model"][key], run.model.state_dict()[key])
     assert not torch.equal(saved.model[key], saved.training["model"][key])
@@ -522,7 +522,7 @@ def test_frozen_parameters_rest_for_their_epochs_and_are_then_trained(tiny: Valu
         if key.startswith("backbone"):  # running statistics among them
             assert torch.equal(first[key], second[key]), key
     assert not torch.equal(first["head.classifier.weight"], second["head.classifier.weight"])
-    for key in ("backbone.net.conv1.weight", "backbone.net.bn1.running_mean"):
+    for key in ("backbone.net.conv1.0.weight", "backbone.net.bn1.running_mean"):
         assert not torch.equal(second[key], third[key])
 
 
