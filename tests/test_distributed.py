@@ -491,7 +491,7 @@ def embedded(values: Values, count: int) -> Embeddings:
         return embedder.embed(dataset.query[:count], "query")
 
 
-@pytest.mark.parametrize("count", [1, 10])
+@pytest.mark.parametrize("count", [10, pytest.param(1, marks=pytest.mark.slow)])
 def test_extraction_is_shared_and_comes_out_in_order(small: Values, count: int) -> None:
     whole = embedded(small, count)
     first, second, third = in_processes(3, embedded, small, count)
@@ -581,6 +581,7 @@ def test_a_killed_run_of_two_processes_goes_on_to_the_same_bits(
     assert len((load_checkpoint(paths[0]).training or {})["others"]) == 1
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_may_go_on_and_is_told_what_that_means(
     small: Values, tmp_path: Path
 ) -> None:
