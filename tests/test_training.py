@@ -479,7 +479,7 @@ def test_parts_and_losses_that_compare_images_are_warned_of(
     tiny: Values, caplog: pytest.LogCaptureFixture
 ) -> None:
     build_run(configure(tiny, train__accumulate=2))
-    assert "triplet compares the 4 images of a part, not the 8 of a batch" in caplog.text
+    assert "train.accumulate 2, triplet compares 4 images of a batch, not all 8" in caplog.text
     caplog.clear()
     build_run(configure(tiny, train__accumulate=2, losses__triplet__weight=0.0))
     assert "compares" not in caplog.text
