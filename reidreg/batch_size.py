@@ -10,19 +10,19 @@ import torch
 from reidreg.checkpoint import Checkpoint
 from reidreg.config import Config
 from reidreg.data import labels_of, training_samples
+from reidreg.device_memory import describe_shortage, gib, memory_of
 from reidreg.devices import choose_device
+from reidreg.distributed import gather, main_first, world
 from reidreg.embedding import make_embedder
 from reidreg.errors import ConfigError, DataError, DeviceError, ReidregError
 from reidreg.interfaces import DATASETS, SAMPLERS
 from reidreg.logs import logger
-from reidreg.memory import describe_shortage, gib, memory_of
 from reidreg.model import build_model
 from reidreg.objective import build_objective
 from reidreg.optimizers import make_optimizer
 from reidreg.schema import AUTO, options_of
 from reidreg.trial import Memory, Trial, missing_state
 from reidreg.validation import hold_out
-from reidreg.world import launched
 
 # Of the memory at hand: the rest is for what the allocator cannot use, and for evaluation.
 SHARE = 0.85
@@ -72,7 +72,9 @@ def _default(config: Config) -> int:
 
 def _search(config: Config, memory: Memory) -> int:
     """Build what a step needs, try, and give it back."""
-    samples = training_samples(DATASETS.build(config.dataset.name, **config.dataset.options))
+    dataset = DATASETS.build(config.dataset.name, **config.dataset.options)
+    with main_first():  # a data set may have to be made before it can be read
+        samples = training_samples(dataset)
     if config.validation.identities:
         # Who is held out does not depend on what their matches are.
         samples, _ = hold_out(samples, config.validation, across_cameras=False)
@@ -88,8 +90,7 @@ def _search(config: Config, memory: Memory) -> int:
     size = embedder.input.size
     trial = Trial(model, objective, size, embedder.device, embedder.dtype, state)
     pids = torch.tensor(labels.pid_labels(samples))
-    # Of the whole batch a process computes its share, a part at a time.
-    parts = config.train.accumulate * launched().size
+    parts = config.train.accumulate * world().size
     budget = int(SHARE * memory.available())
 
     def batch_of(size: int) -> list[int]:
@@ -110,9 +111,10 @@ def _search(config: Config, memory: Memory) -> int:
 
     def fits(batch: list[int]) -> bool:
         try:
-            return trial.need(pids[batch[: len(batch) // parts]], memory) <= budget
+            fine = trial.need(pids[batch[: len(batch) // parts]], memory) <= budget
         except torch.OutOfMemoryError:
-            return False
+            fine = False
+        return all(gather(fine))  # the smallest device decides
 
     unit = int(config.sampler.options.get("instances", 1)) * parts
     found = largest(unit, batch_of, fits)

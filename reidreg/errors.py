@@ -9,7 +9,7 @@ Exception
 │   ├── CheckpointError          a checkpoint is missing, foreign, or does not fit
 │   │   └── DamagedError             its file is not whole
 │   ├── DeviceError              a device is missing or its memory does not suffice
- │   └── RankError                the processes of a run do not fit together, or one is gone
+│   └── RankError                the processes of a run do not fit together, or one is gone
 ├── DivergedError           3    the loss or a gradient is not finite
 └── InterruptedRun     130, 143  SIGINT or SIGTERM, after saving
 """

@@ -38,9 +38,9 @@ from numpy.typing import NDArray
 from reidreg.config import CacheSetting
 from reidreg.errors import ConfigError, DataError
 from reidreg.files import PRIVATE, replacing
-from reidreg.host_memory import available_memory
 from reidreg.images import load_images
 from reidreg.logs import ProgressBar, logger
+from reidreg.memory import available_memory
 
 Pixels = NDArray[np.uint8]
 

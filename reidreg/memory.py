@@ -1,186 +1,74 @@
-"""Memory: how much is free, who holds the rest, and what to say when it is too little."""
+"""How much memory a process may still take on this machine."""
 
 from __future__ import annotations
 
-import gc
 import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-GIB = 2**30
-_LISTED = 3  # processes that one line names
+_UNLIMITED = 2**60  # version 1 of control groups has a huge number where there is no limit
 
 
-@dataclass(frozen=True)
-class Holder:
-    """A process that holds memory of a device.
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can be taken without swapping, within the limits of a container or a job.
 
     Args:
-        pid: Its number.
-        command: The first words of its command line; empty where it cannot be seen from here.
-        held: Bytes, or None where the driver does not say.
+        root: Where `proc` and `sys` are.
+
+    Returns:
+        The bytes, or None on a system that does not say.
     """
-
-    pid: int
-    command: str
-    held: int | None
-
-    def __str__(self) -> str:
-        own = self.pid == os.getpid()
-        name = "this run" if own else f"pid {self.pid} {self.command}".rstrip()
-        return f"{name} holds {'memory' if self.held is None else gib(self.held)}"
-
-
-def gib(size: float) -> str:
-    """Bytes as GiB, for a line."""
-    return f"{size / GIB:.1f} GiB"
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """The most memory that this process has held, in bytes: of a CUDA device, or else its own.
-
-    None where the system does not say. Of the process's own memory loading processes are no part.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
     try:
-        # Not getrusage where this is there: after a fork that one remembers the parent's peak.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return _peak_by_rusage()
-    sizes = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(sizes[0]) * 1024 if sizes else None
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        machine = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return _half_of_all()
+    return min([machine, *_room_in_groups(root)])
 
 
-def _peak_by_rusage() -> int | None:
-    if sys.platform == "win32":
+def _half_of_all() -> int | None:
+    """Half of the machine's memory, where the system does not say how much of it is free."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):  # Windows
         return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
-class CudaMemory:
-    """The memory of a CUDA device, as this process sees it.
-
-    Args:
-        device: The device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def reset(self) -> None:
-        """Give back what is not in use, and start a new peak."""
-        gc.collect()  # an error's traceback may hold the tensors of its step
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak(self) -> int:
-        """The most bytes that tensors held since `reset`."""
-        return torch.cuda.max_memory_allocated(self.device)
-
-    def available(self) -> int:
-        """The bytes that this process could hold in all: those it has, and those that are free."""
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free + torch.cuda.memory_reserved(self.device)
-
-
-def memory_of(device: torch.device) -> CudaMemory | None:
-    """The memory of a device whose limits can be known; None for others."""
-    return CudaMemory(device) if device.type == "cuda" else None
-
-
-# --------------------------------------------------------------------- who holds it
-
-
-def holders(device: torch.device) -> list[Holder]:
-    """The processes that hold memory of a CUDA device, the largest first.
-
-    Empty where nvidia-smi is missing, slow, or shows none; in a container it may see no other.
-    """
-    found = _ask_nvidia_smi(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    return sorted(found, key=lambda holder: holder.held or 0, reverse=True)
-
-
-def _ask_nvidia_smi(uuid: str) -> list[Holder]:
-    query = ["--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+def _room_in_groups(root: Path) -> Iterator[int]:
+    """What each control group that this process is in has left: a parent's limit holds too."""
     try:
-        # By its UUID: CUDA_VISIBLE_DEVICES renumbers devices, and nvidia-smi does not follow it.
-        answer = subprocess.run(
-            ["nvidia-smi", f"--id={uuid}", *query],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_compute_apps(answer.stdout)
-
-
-def parse_compute_apps(text: str) -> list[Holder]:
-    """The processes in nvidia-smi's `pid, MiB` lines; a line of another form is passed over."""
-    found = []
-    for line in text.splitlines():
-        pid, _, held = (cell.strip() for cell in line.partition(","))
-        if pid.isdecimal():
-            # `[N/A]` and `[Insufficient Permissions]` stand where there is no number.
-            size = int(held) * 2**20 if held.isdecimal() else None
-            found.append(Holder(int(pid), command_of(int(pid)), size))
-    return found
-
-
-def command_of(pid: int) -> str:
-    """The first words of a process's command line, without folders; empty if it is not visible."""
-    try:
-        line = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return ""
-    words = [word for word in line.split("\0") if word]
-    # The rest may hold what is nobody's business, such as keys.
-    first = [word.rpartition("/")[2][:30] for word in words[:3]]
-    return " ".join([*first, *(["..."] if len(words) > 3 else [])])
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top = root / "sys/fs/cgroup"
+            names = ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # A container often sees its own group as the top one, under another path.
+        group = top / path.lstrip("/")
+        for folder in {top, group, *(p for p in group.parents if top in p.parents)}:
+            room = _room_in_group(folder, *names)
+            if room is not None:
+                yield room
 
 
-# --------------------------------------------------------------------- too little of it
-
-_FIXES = "add --config overlays/low_memory, or lower --sampler.batch_size or --input.size"
-
-
-def describe_shortage(device: torch.device, need: int | None = None) -> str:
-    """What to say when a device's memory does not suffice.
-
-    Args:
-        device: The device, a CUDA one.
-        need: Bytes that a step needs, if that is known.
-    """
-    free, total = torch.cuda.mem_get_info(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    asked = f"a step needs {gib(need)}" if need else f"this run used {gib(peak)}"
-    return shortage(str(device), asked, free, total, holders(device))
-
-
-def shortage(name: str, asked: str, free: int, total: int, held: Sequence[Holder]) -> str:
-    """The line of `describe_shortage`.
-
-    Args:
-        name: The device.
-        asked: What was needed, in words.
-        free: Bytes that are free.
-        total: Bytes that there are.
-        held: Who holds the rest.
-    """
-    shown = [str(holder) for holder in held[:_LISTED]]
-    if len(held) > _LISTED:
-        shown.append(f"{len(held) - _LISTED} more processes hold memory")
-    who = f"; {', '.join(shown)}" if shown else ""
-    return f"{name} is out of memory: {asked}, {gib(free)} of {gib(total)} are free{who}; {_FIXES}"
+def _room_in_group(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
+    try:
+        allowed = (folder / limit).read_text().strip()
+        if allowed == "max" or int(allowed) >= _UNLIMITED:
+            return None
+        used = int((folder / usage).read_text())
+        counts = (folder / "memory.stat").read_text().splitlines()
+        fields = dict(line.split(" ", 1) for line in counts)
+        # Pages of files that were read once are given up for whoever needs memory.
+        used -= int(fields.get(reclaimable, 0))
+    except (OSError, ValueError):
+        return None
+    return max(0, int(allowed) - used)

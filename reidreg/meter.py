@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from reidreg.device_memory import GIB, peak_memory
 from reidreg.distributed import mean_over_processes, world
-from reidreg.memory import GIB, peak_memory
 
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ from reidreg.devices import autocast
 from reidreg.distributed import average_gradients, count_true, gather_output, gather_rows, world
 from reidreg.model import Model
 from reidreg.objective import Objective
+from reidreg.phases import UNHEARD, Phases
 from reidreg.values import Batch
 
 Losses = tuple[Tensor, dict[str, Tensor], Tensor | None]
@@ -47,6 +48,10 @@ class Network:
         self._losses = _Losses(called, objective, dtype, gathered)
         self._parallel: DistributedDataParallel | None = None
         self._trained: list[nn.Parameter] = []
+
+    def hear(self, phases: Phases) -> None:
+        """Have the phases of a step told to somebody."""
+        self._losses.phases = phases
 
     def begin(self) -> None:
         """Look at which parameters are trained; called whenever that may have changed."""
@@ -105,10 +110,13 @@ class _Losses(nn.Module):
         self.objective = objective
         self.dtype = dtype
         self.gathered = gathered
+        self.phases = UNHEARD
 
     def forward(self, images: Tensor, pids: Tensor, camids: Tensor) -> Losses:
+        self.phases.begin("forward")
         with autocast(images.device, self.dtype):
             output = self.model(images, camids)
+        self.phases.begin("loss")
         logits = output.logits
         if self.gathered:
             output, pids = gather_output(output), gather_rows(pids)

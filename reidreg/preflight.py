@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import torch
 
 from reidreg.describe import describe_evaluation, log_figures
-from reidreg.distributed import world
+from reidreg.device_memory import describe_shortage, gib, memory_of
+from reidreg.distributed import broadcast, world
 from reidreg.embedding import embeddings_of
 from reidreg.errors import ConfigError, DeviceError
 from reidreg.interfaces import Dataset, Evaluator
 from reidreg.logs import logger
-from reidreg.memory import describe_shortage, gib, memory_of
 from reidreg.run import Run
 from reidreg.trial import Memory, Trial, missing_state, undisturbed
 from reidreg.values import Embeddings, Sample
@@ -78,7 +78,8 @@ def check_memory(run: Run, memory: Memory) -> None:
     except torch.OutOfMemoryError:
         need, fits = None, False
     if not fits:
-        need = need or trial.reckon(pids, memory)
+        if need is None and world().size == 1:  # others may be within a step that waits for this
+            need = trial.reckon(pids, memory)
         memory.reset()
         raise DeviceError(describe_shortage(embedder.device, need))
     available = memory.available()
@@ -101,11 +102,9 @@ def rehearse_evaluation(run: Run, data: Dataset) -> None:
     """
     query, gallery = handful(data.query, data.gallery)
     with undisturbed(run.embedder.model):
-        # Several processes share the images, and the first has the features of all.
         sides = [_finite(run.embedder.embed(side, "preflight")) for side in (query, gallery)]
-        if not world().is_main:
-            return
-        figures = _figures(run.evaluator, data, *sides)
+        # As in `evaluate_dataset`: the first process has all features, and says what they give.
+        figures = broadcast(_figures(run.evaluator, data, *sides) if world().is_main else {})
     missing = [key for key in _NEEDED if not isinstance(figures.get(key), float)]
     if missing:
         raise ConfigError(

@@ -94,10 +94,19 @@ class Profile(Phases):
         trace, operators = self.folder / "trace.json", self.folder / "operators.txt"
         self._recorder.export_chrome_trace(str(trace))
         by = "self_device_time_total" if self._cuda else "self_cpu_time_total"
-        table = self._recorder.key_averages().table(sort_by=by, row_limit=_OPERATORS)
+        averages = self._recorder.key_averages()
+        table = averages.table(sort_by=by, row_limit=_OPERATORS)
         operators.write_text(table, encoding="utf-8")
         self._recorder = None
+        if self._cuda:
+            logger.info("%s", _copies(averages, self.steps))
         logger.info("profile: %s, for ui.perfetto.dev, and %s", trace, operators)
+
+
+def _copies(averages: Any, steps: int) -> str:
+    """How long copies from the host keep the device's copy engine, beside the phases."""
+    took = sum(row.device_time_total for row in averages if "Memcpy HtoD" in row.key)
+    return f"host to device: {took / steps / 1e3:.2f} ms a step, while other phases run"
 
 
 class Stopwatch:

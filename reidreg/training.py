@@ -19,6 +19,7 @@ from reidreg.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reidreg.config import Config
 from reidreg.data import loading_processes
 from reidreg.describe import announce, describe_evaluation, describe_step, log_figures
+from reidreg.device_memory import describe_shortage
 from reidreg.devices import choose_device
 from reidreg.distributed import (
     broadcast,
@@ -32,7 +33,6 @@ from reidreg.distributed import (
 from reidreg.errors import ConfigError, DataError, DeviceError, InterruptedRun
 from reidreg.evaluation import evaluate_dataset, load_weights, write_metrics
 from reidreg.logs import MetricsLog, ProgressBar, log_to_nobody, logger, start_wandb
-from reidreg.memory import describe_shortage
 from reidreg.optimizers import set_learning_rate
 from reidreg.phases import DATA, UNHEARD, Phases
 from reidreg.preflight import preflight
@@ -75,58 +75,54 @@ def fit(config: Config, resume: str | None = None, profile: int = 0) -> dict[str
         folder.held() if processes.is_main else log_to_nobody(),
     ):
         # Before anything slow: a wrong path, or an option that cannot change, is said at once.
-        config, source, checkpoint = broadcast(
-            beginning(folder, config, resume) if processes.is_main else (config, None, None)
+        source, checkpoint = broadcast(
+            first_checkpoint(folder, config, resume) if processes.is_main else (None, None)
         )
+        resumed = checkpoint if source is not None else None
+        config = with_batch_size(config, resumed)
+        if resumed is not None:
+            for change in check_resume(resumed.config, resumed.training, config):
+                logger.info("changed on resume: %s", change)
         run = build_run(config)
-        if source is not None and checkpoint is not None:
-            restore(run, checkpoint)
+        if resumed is not None:
+            restore(run, resumed)
             logger.info("resumed from %s at step %d", source, run.progress.step)
         else:
             start_weights(run, checkpoint)
-        with signals.immediate(folder.saved() if source else None):
-            with main_first():
-                run.loader.prepare()
-            announce(run)
-            if config.train.preflight:
+        if config.train.preflight:
+            with signals.immediate(folder.saved() if resumed is not None else None):
                 preflight(run)
         if processes.is_main:
             begin_files(folder, config, anew=source is None)
+        with signals.immediate(folder.saved()), main_first():
+            run.loader.prepare()
+        announce(run)
         metrics = open_metrics(run, folder)
-        listening = profile and processes.is_main
-        phases = Profile(profile, folder.profile, device) if listening else UNHEARD
+        profiled = profile and processes.is_main
+        phases = Profile(profile, folder.profile, device) if profiled else UNHEARD
         exit_code = 1
         try:
             train(run, folder, metrics, signals, phases)
             exit_code = 0
         except torch.OutOfMemoryError as error:
-            raise DeviceError(describe_shortage(run.embedder.device)) from error
+            raise DeviceError(describe_shortage(device)) from error
         finally:
             phases.close()
             metrics.close(exit_code)
         return run.progress.metrics
 
 
-def beginning(
+def first_checkpoint(
     folder: RunFolder, config: Config, resume: str | None
-) -> tuple[Config, Path | None, Checkpoint | None]:
-    """The configuration to run, the file to resume from, and the checkpoint to begin with, if any.
-
-    Raises:
-        CheckpointError: It is not there, not whole, or not to be resumed with this configuration.
-    """
+) -> tuple[Path | None, Checkpoint | None]:
+    """The file to resume from, if there is one, and the checkpoint to begin with, if any."""
     if launched().restarts and folder.begun():
         resume = "auto"  # the launcher has started this very run again
     resumed = folder.open_resumable(resume)
     folder.mark_begun(resumed is not None)
-    if resumed is None:
-        start = load_checkpoint(config.init_from) if config.init_from else None
-        return with_batch_size(config), None, start
-    source, checkpoint = resumed
-    config = with_batch_size(config, checkpoint)
-    for change in check_resume(checkpoint.config, checkpoint.training, config):
-        logger.info("changed on resume: %s", change)
-    return config, source, checkpoint
+    if resumed is not None:
+        return resumed
+    return None, load_checkpoint(config.init_from) if config.init_from else None
 
 
 def begin_files(folder: RunFolder, config: Config, anew: bool) -> None:
@@ -160,6 +156,7 @@ def train(
     run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals, phases: Phases
 ) -> None:
     """Train the epochs that are left."""
+    run.network.hear(phases)
     config, progress = run.config.train, run.progress
     if config.eval_untrained and progress.step == 0:
         evaluate_epoch(run, folder, metrics, signals)
@@ -181,7 +178,7 @@ def train(
             save_last(run, folder)
         if progress.epoch % config.checkpoint_every == 0:
             kept = folder.at_epoch(progress.epoch)
-            save_weights(run, kept)
+            save(run, kept)
             logger.info("saved %s", kept)
     if test_due(run):
         evaluate_best(run, folder, metrics, signals)
@@ -232,8 +229,7 @@ def train_step(run: Run, batch: Batch, phases: Phases = UNHEARD) -> None:
     run.objective.zero_grad()
     for number, part in enumerate(parts_of(batch, parts), start=1):
         with run.network.averaging(now=number == parts):
-            phases.begin("forward")
-            loss, terms, logits = run.network(part)
+            loss, terms, logits = run.network(part)  # which says when a phase begins
             phases.begin("backward")
             run.scaler.scale(loss / parts).backward()  # type: ignore[no-untyped-call]
         phases.begin("other")
@@ -275,19 +271,19 @@ def stop_if_asked(run: Run, folder: RunFolder, signals: StopSignals, at_once: bo
         raise InterruptedRun(received, str(folder.last))
 
 
-def save_last(run: Run, folder: RunFolder) -> None:
-    """Write what a resume needs; of several processes the first does, and the others wait."""
-    checkpoint = capture(run)
-    if world().is_main:
-        folder.save_last(checkpoint)
-    wait()
-
-
-def save_weights(run: Run, path: Path) -> None:
-    """Write a checkpoint to evaluate and to start from; of several processes the first does."""
+def save(run: Run, path: Path) -> None:
+    """Write the weights; of several processes the first does, and the others wait for it."""
     checkpoint = capture(run, resumable=False)
     if world().is_main:
         save_checkpoint(checkpoint, path)
+    wait()
+
+
+def save_last(run: Run, folder: RunFolder) -> None:
+    """As `save`, with all that a resume needs."""
+    checkpoint = capture(run)
+    if world().is_main:
+        folder.save_last(checkpoint)
     wait()
 
 
@@ -314,7 +310,7 @@ def evaluate_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: St
     if progress.epoch > 0 and figures["mAP"] > progress.best:
         progress.best = figures["mAP"]
         metrics.summarise({f"best/{key}": figures[key] for key in ("mAP", "mINP", "rank1")})
-        save_weights(run, folder.best)
+        save(run, folder.best)
         logger.info("saved %s (best mAP so far)", folder.best)
 
 

@@ -20,7 +20,7 @@ from reidreg.run import random_state, set_random_state
 
 
 class Memory(Protocol):
-    """The memory that a trial is measured by; see `reidreg.memory.CudaMemory`."""
+    """The memory that a trial is measured by; see `reidreg.device_memory.CudaMemory`."""
 
     def reset(self) -> None: ...
     def peak(self) -> int: ...

@@ -16,7 +16,7 @@ from reidreg.meter import Meter
 from reidreg.profiling import WARM_UP, Phases, Profile, Stopwatch, profile_table
 
 CPU = torch.device("cpu")
-PHASES = ("data", "host to device", "forward", "backward", "optimizer", "other")
+PHASES = ("data", "host to device", "forward", "loss", "backward", "optimizer", "other")
 
 
 def test_a_profiled_run_is_the_same_run_with_a_trace_and_a_table(
