@@ -300,9 +300,10 @@ def test_scores_of_float32_keep_to_their_bound(seed, dim, exponent, kind):
         x = 1000 * (-1.0) ** np.arange(dim) + x
     elif kind == "one large":
         x[:, 0] = 1e6
-    x = (x * 10.0 ** draw.integers(-3, 2, (6, 1)) * 10.0**exponent).astype(np.float32)
+    x = x * 10.0 ** draw.integers(-3, 2, (6, 1)) * 10.0**exponent
     if kind == "unit":
         x /= np.linalg.norm(x, axis=1, keepdims=True)
+    x = x.astype(np.float32)
     rows = np.arange(6)
     for metric in ("euclidean", "cosine"):
         distances = Distances(x, x[::-1].copy(), metric)
