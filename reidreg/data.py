@@ -329,12 +329,17 @@ def _loader(
 
 
 def _passed_on(loader: DataLoader[Any]) -> Iterator[Tensor]:
-    for images in loader:
-        if isinstance(images, _Failure):
-            # A new error: the old one would be held by its own traceback, and with it the loader,
-            # whose processes would outlive the failure.
-            raise DataError(str(images.error))
-        yield images
+    try:
+        for images in loader:
+            if isinstance(images, _Failure):
+                # A new error: the old one would be held by its own traceback, and with it the
+                # loader, whose processes would outlive the failure.
+                raise DataError(str(images.error))
+            yield images
+    except (ConnectionError, EOFError) as error:
+        # torch tells of a dead process by a signal, which may fall where errors are not passed on,
+        # such as in a log handler.
+        raise _gone(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -348,10 +353,13 @@ def loading_processes() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
-        reason = str(error).splitlines()[0]
-        raise DataError(
-            f"a loading process is gone ({reason}); if memory ran out, lower --train.workers"
-        ) from error
+        raise _gone(str(error).splitlines()[0]) from error
+
+
+def _gone(reason: str) -> DataError:
+    return DataError(
+        f"a loading process is gone ({reason}); if memory ran out, lower --train.workers"
+    )
 
 
 def _unchanged(value: Any) -> Any:

@@ -80,7 +80,8 @@ def _pixels(crop: Crop) -> Tensor:
     if isinstance(crop, (str, Path)):
         return read_pixels(str(crop))
     if isinstance(crop, Image.Image):
-        crop = np.array(crop.convert("RGB"))
+        crop = np.asarray(crop.convert("RGB"))
     if crop.dtype != np.uint8 or crop.ndim != 3 or crop.shape[2] != 3 or 0 in crop.shape:
         raise DataError(f"a crop is (H, W, 3) uint8 in RGB, got {crop.dtype} {crop.shape}")
-    return torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)
+    # A copy: a part of a frame may lie in any order, and may be one that is not to be written to.
+    return torch.from_numpy(np.array(crop, order="C")).permute(2, 0, 1)

@@ -297,7 +297,7 @@ def test_a_trial_that_an_agent_ends_leaves_nothing_behind(
     fit = [sys.executable, "-m", "reidreg", "fit", "--config", "aihub_kaist", "${args}"]
     # The agent's children write to its terminal: this one to a file.
     agent._sweep_command = ["sh", "-c", f'exec "$@" > {shlex.quote(str(log))} 2>&1', "sh", *fit]
-    values = {**tiny, "train.epochs": 50, "train.workers": 2}
+    values = {**tiny, "train.epochs": 50, "train.workers": 2, "train.cache": "none"}
     parameters = {key: {"value": value} for key, value in values.items()}
     run = {"type": "run", "run_id": "run1", "program": "reidreg", "args": parameters}
     assert "exception" not in agent._process_command(run)
