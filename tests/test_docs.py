@@ -43,6 +43,8 @@ FOREIGN = {
     "make": r"make (?P<target>[a-z]+)",
     "cd": r"cd [\w./-]+",
     "git": r"git (clone https://\S+|pull)",
+    "torchrun": r"torchrun( --(nproc-per-node|nnodes|max-restarts) \d+"
+    r"| --rdzv-backend c10d| --rdzv-endpoint [\w.-]+:\d+)+ -m reidreg .+",
 }
 
 
@@ -113,13 +115,15 @@ def spans_of(page: Path) -> list[str]:
 
 
 def commands(*pages: Path) -> list[Line]:
-    """The lines of bash blocks, without `> file`."""
+    """The lines of bash blocks, without `> file`, and what `torchrun` starts as a line too."""
     lines = []
     for block in blocks("bash", *pages):
         for text in block.text.replace("\\\n", " ").splitlines():
             words = shlex.split(text, comments=True)
             if words:
                 lines.append(Line(block, tuple(words[: (*words, ">").index(">")])))
+            if "torchrun" in words[:1]:
+                lines.append(Line(block, tuple(words[words.index("-m") + 1 :])))
     return lines
 
 

@@ -1,0 +1,168 @@
+"""What it costs to train in several processes, beside one process that uses all of the cores.
+
+    python benchmarks/fit.py                       # ResNet-50, batches of 32: some minutes
+    python benchmarks/fit.py --size 128 64 --processes 4 --threads 4
+
+One process with all threads, and several that share them and exchange gradients by gloo, make the
+same steps of the same global batch on the CPU. All are there the whole time and take turns, so that
+a machine which changes its speed changes it for both; the fastest turn of either counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from reidreg import Batch, load_config, load_plugins
+from reidreg.distributed import joined, wait, world
+from reidreg.run import Run, build_run
+from reidreg.training import train_step
+
+PEOPLE = 64
+INSTANCES = 4
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.set_num_threads(options.threads)
+        alone = make_run(options, Path(folder))
+        workers = start(options, folder)
+        batch = make_batch(options, alone)
+        # The first steps find out what a step uses, and what memory it needs.
+        turn(alone, batch, 2), together(workers, 2)
+        turns = [
+            (turn(alone, batch, options.steps), together(workers, options.steps))
+            for _ in range(options.repeats)
+        ]
+        for connection in workers:
+            connection.send(0)
+    print(
+        f"{options.backbone}, {options.size[0]} x {options.size[1]}, batches of {options.batch}, "
+        f"{options.threads} threads in all, {options.precision}, fastest of {options.repeats} turns"
+    )
+    print(f"{'processes':<11}{'threads each':>13}{'images/s':>10}{'ratio':>7}{'CPU s a step':>14}")
+    fastest = [min(cost[0] for cost in costs) for costs in zip(*turns, strict=True)]
+    cheapest = [min(cost[1] for cost in costs) for costs in zip(*turns, strict=True)]
+    for nth, count in enumerate((1, options.processes)):
+        speed = options.batch * options.steps / fastest[nth]
+        print(
+            f"{count:<11}{options.threads // count:>13}{speed:>10.2f}"
+            f"{fastest[0] / fastest[nth]:>7.2f}{cheapest[nth] / options.steps:>14.2f}"
+        )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--size", type=int, nargs=2, default=[256, 128])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--gather", action="store_true", help="losses see the global batch")
+    parser.add_argument("--sync_batchnorm", action="store_true")
+    return parser.parse_args()
+
+
+def make_run(options: argparse.Namespace, folder: Path) -> Run:
+    """A run as `reidreg fit` builds it, on drawn people."""
+    load_plugins()
+    config = load_config(
+        "quickstart",
+        {
+            "dataset": {"root": str(folder), "identities": PEOPLE, "cameras": 2},
+            "dataset.images_per_camera": 2,
+            "input.size": options.size,
+            "sampler": {"batch_size": options.batch, "instances": INSTANCES},
+            "backbone": {"name": options.backbone},
+            "train": {"device": "cpu", "precision": options.precision, "workers": 0},
+            "train.gather": options.gather,
+            "train.sync_batchnorm": options.sync_batchnorm,
+        },
+    )
+    run = build_run(config)
+    run.model.train()
+    run.network.begin()
+    return run
+
+
+def make_batch(options: argparse.Namespace, run: Run) -> Batch:
+    """This process's share of a batch as the loader gives it, of noise."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(options.batch, 3, *options.size, generator=generator)
+    people = len(run.embedder.labels.pids)
+    pids = torch.arange(options.batch) // INSTANCES % people
+    own = world().share(options.batch)
+    images = images[own].to(memory_format=torch.channels_last)
+    return Batch(images, pids[own], torch.zeros_like(pids[own]))
+
+
+def turn(run: Run, batch: Batch, steps: int) -> tuple[float, float]:
+    """The seconds that steps take, on the clock and of the CPU."""
+    start, begun = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        train_step(run, batch)
+    return time.perf_counter() - start, time.process_time() - begun
+
+
+# --------------------------------------------------------------------- the other processes
+
+
+def start(options: argparse.Namespace, folder: str) -> list[Connection]:
+    """Start the processes, and wait until all are ready."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    connections = []
+    for rank in range(options.processes):
+        ours, theirs = context.Pipe()
+        arguments = (theirs, rank, port, options, folder)
+        context.Process(target=work, args=arguments, daemon=True).start()
+        theirs.close()
+        connections.append(ours)
+    for connection in connections:
+        connection.recv()
+    return connections
+
+
+def together(connections: list[Connection], steps: int) -> tuple[float, float]:
+    """The seconds that steps take in all processes: of the slowest, and of all their CPUs."""
+    for connection in connections:
+        connection.send(steps)
+    seconds, used = zip(*(connection.recv() for connection in connections), strict=True)
+    return max(seconds), sum(used)
+
+
+def work(
+    connection: Connection, rank: int, port: int, options: argparse.Namespace, folder: str
+) -> None:
+    """Make steps as the first process says, in one of the others."""
+    place = {"RANK": rank, "WORLD_SIZE": options.processes, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="localhost")
+    torch.set_num_threads(options.threads // options.processes)
+    with joined(CPU, 600.0):
+        run = make_run(options, Path(folder))
+        batch = make_batch(options, run)
+        connection.send("ready")
+        while steps := connection.recv():
+            wait()
+            cost = turn(run, batch, steps)
+            wait()
+            connection.send(cost)
+
+
+if __name__ == "__main__":
+    main()
