@@ -33,32 +33,35 @@ CPU = torch.device("cpu")
 
 def main() -> None:
     options = parse()
+    share = options.threads // options.processes
     with tempfile.TemporaryDirectory() as folder:
-        torch.set_num_threads(options.threads)
         alone = make_run(options, Path(folder))
         workers = start(options, folder)
         batch = make_batch(options, alone)
-        # The first steps find out what a step uses, and what memory it needs.
-        turn(alone, batch, 2), together(workers, 2)
-        turns = [
-            (turn(alone, batch, options.steps), together(workers, options.steps))
-            for _ in range(options.repeats)
-        ]
+        works = {
+            "one process": lambda steps: turn(alone, batch, steps, options.threads),
+            f"{options.processes} processes": lambda steps: together(workers, steps),
+            # What one core makes of it alone, without waiting for anybody.
+            "one process, its share of the threads": lambda steps: turn(alone, batch, steps, share),
+        }
+        for work in works.values():
+            work(2)  # the first steps find out what a step uses, and what memory it needs
+        costs = {name: (float("inf"), float("inf")) for name in works}
+        for _ in range(options.repeats):
+            for name, work in works.items():
+                seconds = work(options.steps)
+                costs[name] = min(costs[name][0], seconds[0]), min(costs[name][1], seconds[1])
         for connection in workers:
             connection.send(0)
     print(
         f"{options.backbone}, {options.size[0]} x {options.size[1]}, batches of {options.batch}, "
         f"{options.threads} threads in all, {options.precision}, fastest of {options.repeats} turns"
     )
-    print(f"{'processes':<11}{'threads each':>13}{'images/s':>10}{'ratio':>7}{'CPU s a step':>14}")
-    fastest = [min(cost[0] for cost in costs) for costs in zip(*turns, strict=True)]
-    cheapest = [min(cost[1] for cost in costs) for costs in zip(*turns, strict=True)]
-    for nth, count in enumerate((1, options.processes)):
-        speed = options.batch * options.steps / fastest[nth]
-        print(
-            f"{count:<11}{options.threads // count:>13}{speed:>10.2f}"
-            f"{fastest[0] / fastest[nth]:>7.2f}{cheapest[nth] / options.steps:>14.2f}"
-        )
+    print(f"{'work':<38}{'images/s':>9}{'ratio':>7}{'CPU s a step':>14}")
+    for name, (seconds, used) in costs.items():
+        speed = options.batch * options.steps / seconds
+        ratio = costs["one process"][0] / seconds
+        print(f"{name:<38}{speed:>9.2f}{ratio:>7.2f}{used / options.steps:>14.2f}")
 
 
 def parse() -> argparse.Namespace:
@@ -109,8 +112,9 @@ def make_batch(options: argparse.Namespace, run: Run) -> Batch:
     return Batch(images, pids[own], torch.zeros_like(pids[own]))
 
 
-def turn(run: Run, batch: Batch, steps: int) -> tuple[float, float]:
+def turn(run: Run, batch: Batch, steps: int, threads: int) -> tuple[float, float]:
     """The seconds that steps take, on the clock and of the CPU."""
+    torch.set_num_threads(threads)
     start, begun = time.perf_counter(), time.process_time()
     for _ in range(steps):
         train_step(run, batch)
@@ -152,14 +156,15 @@ def work(
     """Make steps as the first process says, in one of the others."""
     place = {"RANK": rank, "WORLD_SIZE": options.processes, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="localhost")
-    torch.set_num_threads(options.threads // options.processes)
+    share = options.threads // options.processes
+    torch.set_num_threads(share)
     with joined(CPU, 600.0):
         run = make_run(options, Path(folder))
         batch = make_batch(options, run)
         connection.send("ready")
         while steps := connection.recv():
             wait()
-            cost = turn(run, batch, steps)
+            cost = turn(run, batch, steps, share)
             wait()
             connection.send(cost)
 
