@@ -27,7 +27,7 @@ from reidreg.errors import (
     did_you_mean,
 )
 from reidreg.sweeps import Trial, ended_by_its_signal, flags_of_agent
-from reidreg.world import launched
+from reidreg.world import World, launched
 
 if TYPE_CHECKING:
     from reidreg.evaluation import Evaluation
@@ -87,7 +87,11 @@ def _fail(command: str, error: BaseException, code: int) -> int:
         print(line, file=sys.stderr)
         return line
 
-    if "RANK" not in os.environ:
+    try:
+        alone = launched() == World()
+    except ConfigError:  # which is what there is to tell
+        alone = True
+    if alone:
         tell()
     else:
         from reidreg.distributed import tell_failure

@@ -31,6 +31,7 @@ from reidreg import (
     load_checkpoint,
     load_config,
 )
+from reidreg.cli import main
 from reidreg.data import labels_of
 from reidreg.distributed import (
     Agreement,
@@ -107,6 +108,16 @@ def test_variables_that_contradict_each_other_are_one_line(
     with pytest.raises(ConfigError, match=words) as caught:
         launched(variables)
     assert "\n" not in str(caught.value) and "torchrun" in str(caught.value)
+
+
+def test_a_command_says_in_one_line_that_they_contradict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "one")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["plugins"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("reidreg plugins: ") and "RANK: 'one' is no number" in line
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -625,10 +636,13 @@ def test_a_process_that_hangs_is_left_behind_and_ended(small: Values) -> None:
         assert (first.exitcode, second.exitcode) == (0, 1)
 
 
-def launch(size: int, values: Values, *options: str) -> subprocess.Popen[str]:
+def launch(
+    size: int, values: Values, *options: str, resume: str | None = None
+) -> subprocess.Popen[str]:
     """torchrun, with a run of `size` processes on this machine."""
     command = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", *options]
     run = ["-m", "reidreg", "fit", "--config", "aihub_kaist", *as_flags(values)]
+    run += ["--resume", resume] if resume else []
     return subprocess.Popen(
         [sys.executable, *command, *run],
         stdout=subprocess.PIPE,
@@ -747,6 +761,21 @@ def test_processes_that_torchrun_starts_again_go_on_from_the_last_checkpoint(
     assert (tmp_path / "run/earlier-1").exists() and not (tmp_path / "run/earlier-2").exists()
     paths = [tmp_path / name / "checkpoints/last.ckpt" for name in ("whole", "run")]
     assert not differing(*paths)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("together", [False, True], ids=["shares", "gathered"])
+def test_gpus_train_evaluate_and_resume(small: Values, tmp_path: Path, together: bool) -> None:
+    changes = {"train.gather": together, "train.sync_batchnorm": together}
+    values = {**small, **CENTER, **changes, "train.device": "cuda", "train.precision": "auto"}
+    for epochs in (1, 2):
+        size = min(torch.cuda.device_count(), 2)
+        process = launch(size, {**values, "train.epochs": epochs}, resume="auto")
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert load_checkpoint(tmp_path / "run/checkpoints/last.ckpt").epoch == 2
+    validation = [line for line in lines_of(tmp_path / "run") if "val/mAP" in line]
+    assert [line["epoch"] for line in validation] == [1, 2]
 
 
 @pytest.mark.slow
