@@ -121,7 +121,11 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(trees)
 def test_any_tree_comes_back_as_it_went_in(tmp_path: Path, tree: Tree) -> None:
     assert same(tree, round_trip(tree, tmp_path / "x.ckpt"))

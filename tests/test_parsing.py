@@ -768,11 +768,12 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         "percent",
     ],
 )
-def test_hostile_text_is_refused_within_a_second(refused: Refused, text: str) -> None:
+def test_hostile_text_is_refused_in_no_time(refused: Refused, text: str) -> None:
     Path("x.yaml").write_text(text)
     start = time.process_time()
     refused("--config", "x.yaml")
-    assert time.process_time() - start < 1
+    # Tenths of a second on an idle machine; what the text is after would take minutes.
+    assert time.process_time() - start < 5
 
 
 # --------------------------------------------------------------------- nothing is executed
