@@ -20,14 +20,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from drawn import make_batch, make_run
 
-from reidreg import Batch, load_config, load_plugins
-from reidreg.distributed import joined, wait, world
-from reidreg.run import Run, build_run
+from reidreg import Batch
+from reidreg.distributed import joined, wait
+from reidreg.run import Run
 from reidreg.training import train_step
 
-PEOPLE = 64
-INSTANCES = 4
 CPU = torch.device("cpu")
 
 
@@ -35,7 +34,7 @@ def main() -> None:
     options = parse()
     share = options.threads // options.processes
     with tempfile.TemporaryDirectory() as folder:
-        alone = make_run(options, Path(folder))
+        alone = make_ready(options, Path(folder))
         workers = start(options, folder)
         batch = make_batch(options, alone)
         works = {
@@ -79,37 +78,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_run(options: argparse.Namespace, folder: Path) -> Run:
-    """A run as `reidreg fit` builds it, on drawn people."""
-    load_plugins()
-    config = load_config(
-        "quickstart",
-        {
-            "dataset": {"root": str(folder), "identities": PEOPLE, "cameras": 2},
-            "dataset.images_per_camera": 2,
-            "input.size": options.size,
-            "sampler": {"batch_size": options.batch, "instances": INSTANCES},
-            "backbone": {"name": options.backbone},
-            "train": {"device": "cpu", "precision": options.precision, "workers": 0},
-            "train.gather": options.gather,
-            "train.sync_batchnorm": options.sync_batchnorm,
-        },
-    )
-    run = build_run(config)
+def make_ready(options: argparse.Namespace, folder: Path) -> Run:
+    """A run that is about to train."""
+    keys = {"train.gather": options.gather, "train.sync_batchnorm": options.sync_batchnorm}
+    run = make_run(options, folder, keys)
     run.model.train()
     run.network.begin()
     return run
-
-
-def make_batch(options: argparse.Namespace, run: Run) -> Batch:
-    """This process's share of a batch as the loader gives it, of noise."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(options.batch, 3, *options.size, generator=generator)
-    people = len(run.embedder.labels.pids)
-    pids = torch.arange(options.batch) // INSTANCES % people
-    own = world().share(options.batch)
-    images = images[own].to(memory_format=torch.channels_last)
-    return Batch(images, pids[own], torch.zeros_like(pids[own]))
 
 
 def turn(run: Run, batch: Batch, steps: int, threads: int) -> tuple[float, float]:
@@ -159,7 +134,7 @@ def work(
     share = options.threads // options.processes
     torch.set_num_threads(share)
     with joined(CPU, 600.0):
-        run = make_run(options, Path(folder))
+        run = make_ready(options, Path(folder))
         batch = make_batch(options, run)
         connection.send("ready")
         while steps := connection.recv():

@@ -18,24 +18,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from drawn import make_batch, make_run
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from reidreg import Batch, load_config, load_plugins
+from reidreg import Batch, load_config
 from reidreg.run import Run, build_run
 from reidreg.training import train_step
 
-PEOPLE = 64
-INSTANCES = 4
 PRODUCT = 2048  # rows of the square matrices whose product is the floor's measure
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    load_plugins()
     with tempfile.TemporaryDirectory() as folder:
-        run = make_run(options, Path(folder))
+        run = make_run(options, Path(folder), {"optimizer.lr": 3.5e-4})
     batch = make_batch(options, run)
     arithmetic = str(run.embedder.dtype).removeprefix("torch.")
     print(
@@ -81,32 +79,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args()
-
-
-def make_run(options: argparse.Namespace, folder: Path) -> Run:
-    """A run as `reidreg fit` builds it, on drawn people."""
-    config = load_config(
-        "quickstart",
-        {
-            "dataset": {"root": str(folder), "identities": PEOPLE, "cameras": 2},
-            "dataset.images_per_camera": 2,
-            "input.size": options.size,
-            "sampler": {"batch_size": options.batch, "instances": INSTANCES},
-            "backbone": {"name": options.backbone},
-            "optimizer": {"lr": 3.5e-4},
-            "train": {"device": "cpu", "precision": options.precision, "workers": 0},
-        },
-    )
-    return build_run(config)
-
-
-def make_batch(options: argparse.Namespace, run: Run) -> Batch:
-    """A batch as the loader gives it, of noise."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(options.batch, 3, *options.size, generator=generator)
-    people = len(run.embedder.labels.pids)
-    pids = torch.arange(options.batch) // INSTANCES % people
-    return Batch(images.to(memory_format=torch.channels_last), pids, torch.zeros_like(pids))
 
 
 def count(run: Run, batch: Batch) -> float:

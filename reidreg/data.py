@@ -16,8 +16,9 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler as TorchSampler
 
 from reidreg.config import CacheSetting
+from reidreg.cores import count_cores
 from reidreg.errors import DataError
-from reidreg.image_cache import ImageCache, count_cores, open_image_cache
+from reidreg.image_cache import ImageCache, open_image_cache
 from reidreg.images import load_images
 from reidreg.interfaces import Dataset, Sampler
 from reidreg.lifeline import end_with_parent

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from reidreg.cores import count_cores
 from reidreg.errors import RankError, ReidregError
 from reidreg.values import Output, Sample
 from reidreg.world import World, launched
@@ -106,9 +107,7 @@ def _use_cores(place: World) -> None:
     torchrun allows each a single thread unless OMP_NUM_THREADS says otherwise.
     """
     if place.local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-        torch.set_num_threads(max(cores // place.local_size, 1))
+        torch.set_num_threads(max(count_cores() // place.local_size, 1))
 
 
 # --------------------------------------------------------------------- telling each other

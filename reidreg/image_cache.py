@@ -36,6 +36,7 @@ import torch
 from numpy.typing import NDArray
 
 from reidreg.config import CacheSetting
+from reidreg.cores import count_cores
 from reidreg.errors import ConfigError, DataError
 from reidreg.files import PRIVATE, replacing
 from reidreg.images import load_images
@@ -394,10 +395,3 @@ def _write(target: _Writable, content: memoryview) -> None:
     while content:
         written = target.write(content)
         content = content[written if isinstance(written, int) else len(content) :]
-
-
-def count_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

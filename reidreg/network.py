@@ -45,7 +45,7 @@ class Network:
         compiled: bool = False,
     ) -> None:
         called: Any = torch.compile(model) if compiled else model
-        self._losses = _Losses(called, objective, dtype, gathered)
+        self._losses = ModelWithLosses(called, objective, dtype, gathered)
         self._parallel: DistributedDataParallel | None = None
         self._trained: list[nn.Parameter] = []
 
@@ -95,11 +95,17 @@ class Network:
         )
 
 
-class _Losses(nn.Module):
+class ModelWithLosses(nn.Module):
     """Images to losses in one module.
 
     What DistributedDataParallel wraps returns nothing differentiable but the loss: a parameter
     that only an output leads to, and no loss, would be taken for one with a gradient.
+
+    Args:
+        model: The model.
+        objective: The losses.
+        dtype: In which arithmetic the backbone runs.
+        gathered: Whether every loss sees the batch of all processes.
     """
 
     def __init__(

@@ -316,6 +316,21 @@ def capture(run: Run, resumable: bool = True) -> Checkpoint:
         resumable: Include what only a resume needs, about twice the size of the weights.
     """
     size, mean, std = run.embedder.input.size, run.embedder.input.mean, run.embedder.input.std
+    return Checkpoint(
+        # What evaluation uses, so that whoever opens the file sees the figures that were logged.
+        model=run.embedder.model.state_dict(),
+        config=run.config.as_dict(),
+        labels=run.embedder.labels,
+        preprocessing=plain({"size": size, "mean": mean, "std": std}),
+        epoch=run.progress.epoch,
+        step=run.progress.step,
+        metrics=run.progress.metrics,
+        training=training_state(run) if resumable else None,
+    )
+
+
+def training_state(run: Run) -> dict[str, Any]:
+    """What only a resume needs; every process has to ask for it at the same time."""
     states = gather({"random": random_state(), "meter": run.meter.state_dict()})
     training = {
         "optimizer": run.optimizer.state_dict(),
@@ -329,17 +344,7 @@ def capture(run: Run, resumable: bool = True) -> Checkpoint:
     }
     if run.average is not None:
         training["model"] = run.model.state_dict()
-    return Checkpoint(
-        # What evaluation uses, so that whoever opens the file sees the figures that were logged.
-        model=run.embedder.model.state_dict(),
-        config=run.config.as_dict(),
-        labels=run.embedder.labels,
-        preprocessing=plain({"size": size, "mean": mean, "std": std}),
-        epoch=run.progress.epoch,
-        step=run.progress.step,
-        metrics=run.progress.metrics,
-        training=training if resumable else None,
-    )
+    return training
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from reidreg.cores import count_cores
 from reidreg.drawing import draw_distractor, draw_junk, draw_person
 from reidreg.errors import ConfigError, DataError
 
@@ -414,7 +415,7 @@ def synthesize(
     try:
         counts = _finished(target, request)
         if counts is None:
-            counts = _write_all(partial, target, request, workers or _processors(), progress)
+            counts = _write_all(partial, target, request, workers or count_cores(), progress)
     except OSError as error:
         # Another process may have drawn the same and been faster; the partial folder is then gone.
         if _read_marker(target) is None:
@@ -424,12 +425,6 @@ def synthesize(
         counts = _finished(target, request)
         shutil.rmtree(partial, ignore_errors=True)
     return counts or {}
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _finished(target: Path, request: Request) -> Counts | None:

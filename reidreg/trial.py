@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reidreg.config import OptimizerConfig
-from reidreg.devices import autocast
 from reidreg.model import Model
+from reidreg.network import ModelWithLosses
 from reidreg.objective import Objective
 from reidreg.optimizers import make_optimizer
 from reidreg.run import random_state, set_random_state
@@ -68,9 +68,8 @@ class Trial:
         self.model.train()
         images = torch.randn(len(pids), 3, *self.size, device=self.device)
         images = images.contiguous(memory_format=torch.channels_last)
-        with autocast(self.device, self.dtype):
-            output = self.model(images, torch.zeros_like(pids))
-        loss, _ = self.objective(output, pids)
+        losses = ModelWithLosses(self.model, self.objective, self.dtype, gathered=False)
+        loss, _, _ = losses(images, pids, torch.zeros_like(pids))
         loss.backward()
 
     def reckon(self, pids: Tensor, memory: Memory) -> int | None:
