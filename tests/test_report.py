@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -207,6 +207,7 @@ def test_the_camera_matrix_orders_numbers_by_size_and_leaves_gaps() -> None:
     st.floats(1e-6, 1e6),
     st.integers(2, 8),
 )
+@example(1.0, 40041.0, 2)  # neither 0 nor 50,000 lies inside
 def test_ticks_are_round_even_and_inside(low: float, length: float, count: int) -> None:
     axis = Axis(low, low + length, 0, 100)
     ticks = axis.ticks(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -401,7 +402,12 @@ def test_no_process_outlives_a_killed_call(tmp_path: Path, number: signal.Signal
     code += "identities=2000, workers=2)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-c", code],
+        env=env,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        # A shell has what it runs in the background ignore Ctrl-C, and that is inherited.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
     def processes() -> int:

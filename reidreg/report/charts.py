@@ -39,7 +39,12 @@ class Axis:
         """About `count` round values, each with its place."""
         rough = (self.high - self.low) / count
         scale = 10.0 ** math.floor(math.log10(rough))
-        step = next(m * scale for m in (1, 2, 5, 10) if m * scale >= rough * 0.999)
+        steps = [m * scale for m in (1, 2, 5, 10)]
+        fitting = next(n for n, step in enumerate(steps) if step >= rough * 0.999)
+        # Of a step that has no multiple inside, the next smaller one has; the smallest always has.
+        return self._multiples(steps[fitting]) or self._multiples(steps[fitting - 1])
+
+    def _multiples(self, step: float) -> list[tuple[float, float]]:
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [(round(n * step, 10), self.at(n * step)) for n in range(first, last + 1)]
