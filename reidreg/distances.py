@@ -42,8 +42,10 @@ METRICS = ("cosine", "euclidean")
 
 _GROUP = 64  # queries whose matches are measured together
 _CHUNK = 128  # products that float32 adds up at a time
+_COLUMNS = 1024  # gallery items whose sums stay in a cache meanwhile
+_MOST_QUERIES = 2**11  # so that keys of 64 bits have room for a query's number
 _CACHED = 2**16  # float64 values that fit a cache
-_HELD = 2**17  # float64 values that one of several threads works on
+_HELD = 2**20  # float64 values that threads share: with fewer, they wait for each other
 _NEAR_ONE = 4 * 2.0**-24  # how far from 1 the norms are that float32 gives to unit vectors
 _TAME = 1e-25  # norms between this and its reciprocal are far from float32's ends
 
@@ -103,7 +105,7 @@ class Plan:
         check_at_least("budget_mib", budget_mib, 1)
         budget = int(budget_mib * 2**20)
         tile = budget // 64  # a sixteenth: wide where queries are few, else square
-        rows = max(1, min(queries, math.isqrt(tile), budget // 8 // (dim * 8)))
+        rows = max(1, min(queries, math.isqrt(tile), budget // 8 // (dim * 8), _MOST_QUERIES))
         return cls(
             queries=rows,
             gallery=_aligned(min(tile // rows, budget // 4 // (dim * 8), 2**16)),
@@ -133,10 +135,8 @@ class Side:
         shared = self.features.device.type == "cpu" and self.features.dtype == torch.float32
         self._array = self.features.numpy() if shared else None
         self.unit = metric == "cosine"
-        pieces = spans(len(self.features), max(1, _HELD // self.features.shape[1]))
-        squares = np.concatenate(in_threads(self._squared_norms, pieces))
         # numpy's root is correctly rounded, torch's is not always, nor the same in every place.
-        self.norms = torch.from_numpy(np.sqrt(squares)).to(device)
+        self.norms = torch.from_numpy(np.sqrt(self._squared_norms().cpu().numpy())).to(device)
         self._check(name, paths)
         mantissas = torch.frexp(self.norms).mantissa
         one = torch.ones_like(self.norms)
@@ -209,24 +209,25 @@ class Side:
         """An index for `norms` and the like."""
         return index if isinstance(index, slice) else torch.from_numpy(index).to(self.device)
 
-    def _squared_norms(self, piece: slice) -> FloatArray:
-        """Sums of squares that depend on nothing but the vector: they are added up by halving.
+    def _squared_norms(self) -> Tensor:
+        """Sums of squares (n,) that depend on nothing but the vector: they are added up by halving.
 
         Element-wise additions have a fixed order, which a reduction over a dimension has not.
         """
-        values: Any
-        if self._array is not None:  # numpy's small steps cost less
-            values = np.square(self._array[piece], dtype=np.float64)
-        else:
-            raw = self.raw(piece)
-            values = raw if raw.is_cuda else raw.numpy()
-            values *= values
-        width = values.shape[1]
-        while width > 1:
-            half = width // 2
-            values[:, :half] += values[:, width - half : width]
-            width -= half
-        return np.array(values[:, 0].cpu() if isinstance(values, Tensor) else values[:, 0])
+        count, width = self.features.shape
+        pieces = spans(count, max(1, _HELD // width))
+        held = torch.empty((pieces[0].stop, width), dtype=torch.float64, device=self.device)
+        out = torch.empty(count, dtype=torch.float64, device=self.device)
+        for piece in pieces:
+            values = held[: piece.stop - piece.start].copy_(self.picked(piece))
+            values.mul_(values)
+            width = values.shape[1]
+            while width > 1:
+                half = width // 2
+                values[:, :half].add_(values[:, width - half : width])
+                width -= half
+            out[piece] = values[:, 0]
+        return out
 
     def _check(self, name: str, paths: Sequence[str]) -> None:
         bad = ~torch.isfinite(self.norms)
@@ -335,10 +336,11 @@ class Distances:
     def scores(self, queries: Tensor, items: tuple[Tensor, Tensor | None], out: Tensor) -> Tensor:
         """Scores (n, m) float32 within `score_slack`, written to `out`; in `full_float32` only."""
         vectors, added = items
-        parts = [slice(k, k + _CHUNK) for k in range(0, self.dim, _CHUNK)]
-        torch.mm(queries[:, parts[0]], vectors[:, parts[0]].T, out=out)
-        for part in parts[1:]:
-            out.addmm_(queries[:, part], vectors[:, part].T)
+        first, *rest = (slice(k, k + _CHUNK) for k in range(0, self.dim, _CHUNK))
+        for some in spans(len(vectors), _COLUMNS if out.device.type == "cpu" else len(vectors)):
+            torch.mm(queries[:, first], vectors[some, first].T, out=out[:, some])
+            for part in rest:
+                out[:, some].addmm_(queries[:, part], vectors[some, part].T)
         return out if added is None else out.add_(added)
 
     def approximate(self, queries: Rows, items: Rows) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from reidreg.cores import one_thread_for_numpy
 from reidreg.distances import (
     Distances,
     FloatArray,
@@ -107,42 +108,6 @@ class _Fences:
         # Items just before each match, and behind each query's last: query q's begin at first + q.
         self.before = np.zeros(len(queries) + count, dtype=np.int64)
 
-    def add(self, scores: Tensor, queries: IntArray, columns: IntArray, strip: int) -> _Unsettled:
-        """Count a tile.
-
-        Args:
-            scores: (r, c) float32, infinite for items that are not to be counted.
-            queries: (r,) which queries the rows are; each has a match.
-            columns: (c,) which gallery items the columns are.
-            strip: How many scores to look at at once.
-
-        Returns:
-            The items that must be settled by `settle`.
-        """
-        height = max(1, min(strip // max(1, len(columns)), 2**12))
-        pieces = spans(len(queries), height)
-        # Not in threads: numpy's steps are so short that these would wait for each other.
-        found = [self._count(scores[piece], queries[piece]) for piece in pieces]
-        zones, places = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        owner = np.searchsorted(self.zones, zones, side="right") - 1
-        return _Unsettled(owner, columns[places], zones)
-
-    def _count(self, scores: Tensor, queries: IntArray) -> tuple[IntArray, IntArray]:
-        """Count a strip; returns the zones and columns of what must be settled."""
-        # Queries without a match have no zone, so those of the others lie side by side.
-        first, last = self.zones[queries[0]], self.zones[queries[-1] + 1]
-        sizes = self.zones[queries + 1] - self.zones[queries]
-        rows, columns, values = _below(scores, self.upper[self.zones[queries + 1] - 1])
-        keys = _keys(rows, values) + columns
-        row = np.repeat(np.arange(len(queries)), sizes)
-        edges = np.stack([self.lower[first:last], self.upper[first:last]], axis=1).reshape(-1)
-        edges = _keys(np.repeat(row, 2), edges)
-        # The fewer are looked up among the more, which must be in order.
-        look_up = _among_edges if len(keys) < len(edges) else _among_keys
-        counts, inside, keys = look_up(keys, edges)
-        self.before[self.zone_first[first:last] + queries[row]] += counts
-        return first + inside, keys & (2**_COLUMN - 1)
-
     def settle(self, unsettled: _Unsettled, values: FloatArray) -> None:
         """Count items whose distances are known so well that their order is certain."""
         place = self._place(unsettled, values) + unsettled.queries
@@ -203,37 +168,102 @@ class _Unsettled(NamedTuple):
     zones: IntArray
 
 
-# A key is a row, the bits of a score in an order of whole numbers, and a column.
-_COLUMN, _ROW = 17, 49
+class _Tally:
+    """Counts, for some queries, the items that come before their zones.
+
+    Those before a query's last zone are kept until they are many; then they are put in order, and
+    the edges of the zones looked up among them. That takes one thread: numpy's steps are so short
+    that two would wait for each other.
+
+    Args:
+        fences: Where the counts go.
+        queries: (r,) ascending, at most `Plan.queries`; each has a match.
+        most: How many scores to look at, and how many items to keep, at once.
+        waiting: Where items go that must be settled.
+    """
+
+    def __init__(
+        self, fences: _Fences, queries: IntArray, most: int, waiting: _WaitingRoom
+    ) -> None:
+        # Queries without a match have no zone, so those of the others lie side by side.
+        self._first, last = fences.zones[queries[0]], fences.zones[queries[-1] + 1]
+        sizes = fences.zones[queries + 1] - fences.zones[queries]
+        row = np.repeat(np.arange(len(queries)), sizes)
+        edges = np.stack([fences.lower[self._first : last], fences.upper[self._first : last]], 1)
+        self._edges = _keys(np.repeat(row, 2), edges.reshape(-1))
+        self._places = fences.zone_first[self._first : last] + queries[row]
+        self._last = fences.upper[fences.zones[queries + 1] - 1]
+        self._fences, self._queries, self._most = fences, queries, most
+        self._waiting = waiting
+        self._kept: list[tuple[IntArray, IntArray]] = []  # keys and items
+
+    def add(self, scores: Tensor, items: IntArray) -> None:
+        """See a tile.
+
+        Args:
+            scores: (r, c) float32, infinite for items that are not to be counted.
+            items: (c,) which gallery items the columns are.
+        """
+        for piece in spans(len(self._queries), max(1, self._most // max(1, len(items)))):
+            rows, columns, values = _below(scores[piece], self._last[piece])
+            self._kept.append((_keys(rows + piece.start, values), items[columns]))
+            if sum(len(keys) for keys, _ in self._kept) >= self._most:
+                self._count()
+
+    def finish(self) -> None:
+        """Count what is still kept."""
+        if self._kept:
+            self._count()
+
+    def _count(self) -> None:
+        keys, items = (np.concatenate(parts) for parts in zip(*self._kept, strict=True))
+        self._kept = []
+        keys += np.arange(len(keys))
+        keys.sort()
+        ends = np.searchsorted(keys, self._edges)
+        inside = ends[1::2] - ends[::2]
+        self._fences.before[self._places] += ends[::2] - np.append(0, ends[1:-1:2])
+        zones = self._first + np.repeat(np.arange(len(inside)), inside)
+        which = keys[ragged(ends[::2], inside)] & (2**_ORDINAL - 1)
+        queries = np.searchsorted(self._fences.zones, zones, side="right") - 1
+        self._waiting.add(_Unsettled(queries, items[which], zones))
+
+
+class _WaitingRoom:
+    """Items that must be settled, until they are many.
+
+    Together, more of them are of one query, whose vector is then fetched once.
+
+    Args:
+        settle: Settles them.
+        most: How many may wait.
+    """
+
+    def __init__(self, settle: Callable[[_Unsettled], None], most: int) -> None:
+        self._settle, self._most = settle, most
+        self._held: list[_Unsettled] = []
+
+    def add(self, unsettled: _Unsettled) -> None:
+        self._held.append(unsettled)
+        if sum(len(one.items) for one in self._held) > self._most:
+            self.empty()
+
+    def empty(self) -> None:
+        """Settle those that are still there."""
+        held, self._held = self._held, []
+        if any(len(one.items) for one in held):
+            self._settle(_Unsettled(*(np.concatenate(parts) for parts in zip(*held, strict=True))))
+
+
+# A key is a row, the bits of a score in an order of whole numbers, and a number for an item.
+_ORDINAL = 20  # twice `Plan.strip`: as many may be kept, and as many be added to them
 
 
 def _keys(rows: IntArray, scores: NDArray[np.float32]) -> IntArray:
     """Whole numbers that order as the rows do and, within a row, as the scores do."""
     bits = scores.view(np.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
-    return (rows << _ROW) + (ordered << _COLUMN)
-
-
-def _among_edges(keys: IntArray, edges: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Look up each key among the edges of zones, two for each zone, ascending.
-
-    Returns:
-        How many keys lie just before each zone; the zones of the keys that lie in one; and these.
-    """
-    passed = np.searchsorted(edges, keys, side="right")
-    within = (passed & 1).astype(np.bool_)
-    counts = np.bincount(passed[~within] >> 1, minlength=len(edges) // 2)
-    return counts, passed[within] >> 1, keys[within]
-
-
-def _among_keys(keys: IntArray, edges: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """As `_among_edges`, by looking up each edge among the keys."""
-    keys = np.sort(keys)
-    ends = np.searchsorted(keys, edges)
-    inside = ends[1::2] - ends[::2]
-    counts = ends[::2] - np.append(0, ends[1:-1:2])
-    zones = np.repeat(np.arange(len(inside)), inside)
-    return counts, zones, keys[ragged(ends[::2], inside)]
+    return (rows << 32 + _ORDINAL) + (ordered << _ORDINAL)
 
 
 def _below(
@@ -290,9 +320,10 @@ def match_positions(
     order = np.argsort(labels.query_pids[queries], kind="stable")
     queries, items = queries[order], items[order]
     some = [slice(*ends) for ends in pairwise(_cuts(labels.query_pids[queries], queries))]
-    values = np.concatenate(
-        [distances.near_pairs(queries[part], items[part], plan.exact) for part in some]
-    )
+    with one_thread_for_numpy():
+        values = np.concatenate(
+            [distances.near_pairs(queries[part], items[part], plan.exact) for part in some]
+        )
     scores = distances.score_of(queries, values)
     fences = _Fences(queries, items, values, scores, distances.score_slack, len(labels.query_pids))
     with full_float32():
@@ -321,45 +352,40 @@ def _pass_by(
     progress: Progress | None,
 ) -> None:
     """Let the gallery pass by the queries, tile by tile."""
-    kept = labels.kept
-    pieces = even_spans(len(kept), plan.gallery)
+    pieces = even_spans(len(labels.kept), plan.gallery)
     valid = np.flatnonzero(fences.sizes)
     blocks = even_spans(len(valid), plan.queries)
     memory = torch.empty(plan.queries * plan.gallery, dtype=torch.float32, device=distances.device)
-    waiting: list[_Unsettled] = []
-    for done, piece in enumerate(pieces):
-        columns = kept[piece]
-        vectors = distances.score_items(columns)
-        for nth, block in enumerate(blocks):
-            rows = valid[block]
+    waiting = _WaitingRoom(functools.partial(_settle, distances, fences, plan), plan.strip)
+    for done, block in enumerate(blocks):
+        rows = valid[block]
+        vectors = distances.score_queries(rows)
+        tally = _Tally(fences, rows, plan.strip, waiting)
+        for nth, piece in enumerate(pieces):
+            columns = labels.kept[piece]
             tile = memory[: len(rows) * len(columns)].view(len(rows), len(columns))
-            distances.scores(distances.score_queries(rows), vectors, out=tile)
+            distances.scores(vectors, distances.score_items(columns), out=tile)
             # All of the query's own pid are either a match, which is not counted, or left out.
             own = same_pid(labels.query_pids[rows], labels.gallery_pids[columns])
             tile[own] = torch.inf
-            waiting.append(fences.add(tile, rows, columns, plan.strip))
-            # Together, more of them are of one query, whose vector is then fetched once.
-            if sum(len(one.items) for one in waiting) > plan.strip:
-                _settle(distances, fences, waiting, plan)
-                waiting = []
+            tally.add(tile, columns)
             if progress:
-                progress(done * len(blocks) + nth + 1, len(pieces) * len(blocks))
-    _settle(distances, fences, waiting, plan)
+                progress(done * len(pieces) + nth + 1, len(blocks) * len(pieces))
+        tally.finish()
+    waiting.empty()
 
 
-def _settle(distances: Distances, fences: _Fences, waiting: list[_Unsettled], plan: Plan) -> None:
+def _settle(distances: Distances, fences: _Fences, plan: Plan, unsettled: _Unsettled) -> None:
     """Find the order of those that float32 could not tell apart: by float64, then exactly."""
-    joined = [np.concatenate(parts) for parts in zip(*waiting, strict=True)]
-    if not joined or not len(joined[0]):
-        return
-    order = np.argsort(joined[0], kind="stable")
-    unsettled = _Unsettled(*(part[order] for part in joined))
+    order = np.argsort(unsettled.queries, kind="stable")
+    unsettled = _Unsettled(*(part[order] for part in unsettled))
     block = len(np.unique(unsettled.queries)) * len(np.unique(unsettled.items))
     pairs = unsettled.queries, unsettled.items
     if len(unsettled.items) <= _FEW * block:
         values = distances.pairs(*pairs)
     else:  # so many that whole blocks cost less than one after the other
-        values = distances.near_pairs(*pairs, plan.exact)
+        with one_thread_for_numpy():
+            values = distances.near_pairs(*pairs, plan.exact)
     close = np.flatnonzero(fences.nearest(unsettled, values) <= 3 * distances.slack)
     if len(close):
         exact = functools.partial(distances.exact_pairs, width=plan.exact)
@@ -429,14 +455,24 @@ def _of_chunk(
     values = chunk[queries, items].double().cpu().numpy()
     # The score is the distance in float32, which differs by no more than the next number's edge.
     fences = _Fences(queries, items, values, values, 0.0, len(chunk))
-    valid = np.flatnonzero(fences.sizes)
-    for piece in spans(len(labels.kept), plan.gallery):
-        columns = labels.kept[piece]
-        tile = chunk[torch.from_numpy(valid)[:, None], torch.from_numpy(columns)].float()
-        tile[same_pid(labels.query_pids[start + valid], labels.gallery_pids[columns])] = torch.inf
-        unsettled = fences.add(tile, valid, columns, plan.strip)
+
+    def settle(unsettled: _Unsettled) -> None:
         found = chunk[unsettled.queries, unsettled.items].double().cpu().numpy()
         fences.settle(unsettled, found)
+
+    valid = np.flatnonzero(fences.sizes)
+    waiting = _WaitingRoom(settle, plan.strip)
+    for block in spans(len(valid), plan.queries):
+        rows = valid[block]
+        tally = _Tally(fences, rows, plan.strip, waiting)
+        for piece in spans(len(labels.kept), plan.gallery):
+            columns = labels.kept[piece]
+            tile = chunk[torch.from_numpy(rows)[:, None], torch.from_numpy(columns)].float()
+            own = same_pid(labels.query_pids[start + rows], labels.gallery_pids[columns])
+            tile[own] = torch.inf
+            tally.add(tile, columns)
+        tally.finish()
+    waiting.empty()
     return fences.positions()
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,6 +178,18 @@ def test_equal_features_are_ranked_by_their_place_in_the_gallery():
     query, gallery = embeddings(ones[:3], [0, 1, 2], [1, 1, 1]), embeddings(ones, pids)
     found = by_query(match_positions(query, gallery, budget_mib=4))
     assert found == [list(range(first, 701, 5)) for first in (1, 2, 3)]
+
+
+def test_memory_is_bounded_although_all_features_of_a_collapsed_model_tie():
+    pids = np.arange(4000) % 100
+    ones = embeddings(np.ones((4000, 8)), pids, np.arange(4000) % 6)
+    query = replace(ones, features=ones.features[:500], pids=ones.pids[:500])
+    query = replace(query, camids=query.camids[:500])
+    tracemalloc.start()
+    match_positions(query, ones, budget_mib=16)  # each of 2 million pairs has to be settled
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
 
 
 def test_a_worked_example_with_junk_a_tie_and_a_same_camera_match():
