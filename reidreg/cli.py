@@ -368,7 +368,7 @@ def extract_command(arguments: list[str]) -> int:
         "images": {"metavar": "DIR", "default": None, "help": "a folder of images"},
         "output": {"metavar": "NPZ", "default": None, "help": "the file to write"},
         "dtype": {
-            "choices": ["float32", "float16"],
+            "choices": ("float32", "float16"),
             "default": "float32",
             "help": "of the features; float16 is half the size and keeps three digits",
         },

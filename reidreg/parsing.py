@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import importlib.resources
 import inspect
 import os
@@ -49,6 +50,7 @@ from reidreg.schema import (
 from reidreg.yamlfile import read_yaml
 
 Layer = str | Path | Mapping[str, Any]
+_Commands = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 DEFAULT_SCHEDULE = "multistep"
 _TERM = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
@@ -297,7 +299,8 @@ def parse(
         layers: As for `load_config`.
         flags: The command line behind the command's name, without its `--config`.
         prog: For the usage line.
-        commands: The command's own options: name to `ArgumentParser.add_argument`'s keywords.
+        commands: The command's own options: name to `ArgumentParser.add_argument`'s keywords,
+            which are hashable.
         description: What the command does, for its help.
 
     Returns:
@@ -335,11 +338,31 @@ def resolve(
     _check_complete(names, sections)
     values = _without_foreign(values, groups)
     _check_keys(values, groups)
-    parser = build_parser(groups, prog, commands, description)
+    parser = _parser_of(tuple(groups), prog, _frozen(commands), description)
     resolved = _run_parser(parser, values, flags, groups)
     extra = {name: resolved.pop(name) for name in commands}
     _check_values(resolved, groups)
     return resolved, extra
+
+
+# Building takes longer than parsing, and who loads many configurations asks for the same parts again
+# and again. A group holds the class itself and the names beside it, so whatever is registered later,
+# also under an old name, makes another key.
+@functools.lru_cache(maxsize=32)
+def _parser_of(
+    groups: tuple[Group, ...], prog: str, commands: _Commands, description: str
+) -> ArgumentParser:
+    parser = build_parser(
+        [*groups], prog, {name: dict(keywords) for name, keywords in commands}, description
+    )
+    for action in parser._actions:
+        # jsonargparse would ask the files alone for what a flag gives; `_check_values` asks both.
+        action.required = False
+    return parser
+
+
+def _frozen(commands: Mapping[str, Mapping[str, Any]]) -> _Commands:
+    return tuple((name, tuple(keywords.items())) for name, keywords in commands.items())
 
 
 def build_parser(
@@ -528,12 +551,11 @@ def _run_parser(
     known = _known_keys(groups)
     # An empty section is one without options; an empty value is a null.
     values = {key: value for key, value in values.items() if value is not None or key in known}
-    for action in parser._actions:
-        # jsonargparse would ask the files alone for what a flag gives; `_check_values` asks both.
-        action.required = False
     try:
-        below: Namespace = parser.parse_object(values)
-        above: Namespace = parser.parse_args(flags, namespace=below)
+        # `defaults=False`: left to itself, each pass would put them in and look through all again.
+        below: Namespace = parser.get_defaults(skip_validation=True)
+        below = parser.parse_object(values, namespace=below, defaults=False)
+        above: Namespace = parser.parse_args(flags, namespace=below, defaults=False)
     except argparse.ArgumentError as error:
         raise ConfigError(_one_line(str(error), known)) from error
     resolved: dict[str, Any] = above.as_dict()

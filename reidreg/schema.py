@@ -5,6 +5,7 @@ The configuration, the command line and `Registry.build` all read options off th
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import numbers
@@ -65,13 +66,16 @@ class Option:
 
 def options_of(part: type, facts: frozenset[str] = RUN_TIME_FACTS) -> dict[str, Option]:
     """The options of a class: its constructor's parameters without run-time facts."""
+    return {option.name: option for option in _parameters(part) if option.name not in facts}
+
+
+# A signature does not change, and one load of a configuration asks for each a dozen times.
+@functools.lru_cache(maxsize=256)
+def _parameters(part: type) -> tuple[Option, ...]:
     # Not typing.get_type_hints: before 3.11 it makes a type optional whose default is None.
     hints = inspect.get_annotations(part.__init__, eval_str=True)  # type: ignore[misc]
-    return {
-        name: Option(name, hints[name], parameter.default)
-        for name, parameter in inspect.signature(part).parameters.items()
-        if name not in facts
-    }
+    parameters = inspect.signature(part).parameters.items()
+    return tuple(Option(name, hints[name], parameter.default) for name, parameter in parameters)
 
 
 def check_schema(part: type, base: type, what: str, taken: AbstractSet[str] = frozenset()) -> None:

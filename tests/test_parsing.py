@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from conftest import Command, as_flags
-from reidreg import EVALUATORS, LOSSES, SAMPLERS, ReidregError, load_config
+from reidreg import EVALUATORS, LOSSES, SAMPLERS, Loss, ReidregError, load_config
 from reidreg.cli import main
 from reidreg.config import FIXED_SECTIONS, Config
 from reidreg.errors import ConfigError, UnknownNameError
@@ -191,6 +191,43 @@ def test_an_empty_section_takes_its_defaults(tmp_path: Path) -> None:
 def test_lists_grow_by_plus() -> None:
     config = load_config("aihub_kaist", flags=["--wandb.tags+", "fast", "--wandb.tags+=x"])
     assert config.wandb.tags == ["aihub", "kaist", "person-reid", "fast", "x"]
+
+
+def test_what_is_loaded_before_leaves_no_trace() -> None:
+    first = load_config("aihub_kaist", flags=["--wandb.tags+", "mine", "--train.seed", "5"])
+    first.wandb.tags.append("changed")
+    first.dataset.options["root"] = "changed"
+    assert flat(load_config("aihub_kaist").as_dict()) == RESOLVED
+    defaults = load_config("aihub_kaist", {"schedule": {"name": "cosine"}, "input.mean": [0, 0, 0]})
+    defaults.schedule.options.clear()
+    assert flat(load_config("aihub_kaist").as_dict()) == RESOLVED
+
+
+def test_a_part_registered_between_two_loads_is_seen_and_so_is_its_next_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LOSSES, "_entries", dict(LOSSES._entries))
+    term = {"losses.own.name": "own"}
+    with pytest.raises(ConfigError, match=r"losses\.own\.name: no loss is registered as 'own'"):
+        load_config("aihub_kaist", term)
+    for option in ("margin", "scale"):
+        LOSSES.register("own")(loss_with(option))
+        assert load_config("aihub_kaist", term).losses["own"].options == {option: 0.5}
+        # Its name is offered beside the parts that were there before, too.
+        flags = ["--losses.id.name", "own", f"--losses.id.{option}", "0.25"]
+        assert load_config("aihub_kaist", flags=flags).losses["id"].options == {option: 0.25}
+
+
+def loss_with(option: str) -> type[Loss]:
+    """A loss with one option, as a notebook's cell that is edited and run again would define it."""
+    code = (
+        f"class Own(Loss):\n    def __init__(self, {option}: float = 0.5) -> None: ...\n"
+        "    def forward(self, output, pids): ..."
+    )
+    scope: dict[str, Any] = {"Loss": Loss, "__name__": __name__}
+    exec(code, scope)
+    own: type[Loss] = scope["Own"]
+    return own
 
 
 def test_configs_ship_by_bare_name_and_by_the_path_of_a_clone(
