@@ -345,9 +345,9 @@ def resolve(
     return resolved, extra
 
 
-# Building takes longer than parsing, and who loads many configurations asks for the same parts again
-# and again. A group holds the class itself and the names beside it, so whatever is registered later,
-# also under an old name, makes another key.
+# Building takes longer than parsing, and who loads many configurations has few sets of parts.
+# A group holds the class itself and the names beside it, so whatever is registered later, also
+# under an old name, makes another key.
 @functools.lru_cache(maxsize=32)
 def _parser_of(
     groups: tuple[Group, ...], prog: str, commands: _Commands, description: str

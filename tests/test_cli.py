@@ -65,7 +65,7 @@ def test_a_bug_of_ours_is_one_line_with_the_place_of_the_traceback(
     saved.unlink()
 
 
-def test_the_whole_way_in_processes_of_their_own(
+def test_the_whole_way_from_images_to_figures(
     tiny: dict[str, Any], reidreg: Command, reidreg_here: Command, tmp_path: Path
 ) -> None:
     trained = reidreg("fit", "--config", "aihub_kaist", *as_flags(tiny))
@@ -78,8 +78,10 @@ def test_the_whole_way_in_processes_of_their_own(
     assert evaluated.returncode == 0, evaluated.stderr
     assert (tmp_path / "out/report/ranked.png").stat().st_size > 10_000
     assert ckpt in (tmp_path / "out/report/index.html").read_text()
-    for run, split in ((reidreg, "query"), (reidreg_here, "gallery")):
-        result = run("extract", "--ckpt", ckpt, "--split", split, "--output", f"{split}.npz")
+    for split in ("query", "gallery"):
+        result = reidreg_here(
+            "extract", "--ckpt", ckpt, "--split", split, "--output", f"{split}.npz"
+        )
         assert result.returncode == 0, result.stderr
     features = reidreg_here("evaluate", "--query", "query.npz", "--gallery", "gallery.npz")
     assert features.returncode == 0, features.stderr

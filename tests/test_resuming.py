@@ -74,6 +74,9 @@ def config(**changes: Any) -> Config:
     return load_config("aihub_kaist", {key.replace("__", "."): v for key, v in changes.items()})
 
 
+BASE = config()
+
+
 def training(epoch: int = 2, batch: int = 0) -> dict[str, Any]:
     return {"progress": {"epoch": epoch, "batch": batch}}
 
@@ -91,7 +94,7 @@ def test_every_row_has_an_example_which_is_what_it_decides() -> None:
 @pytest.mark.parametrize("batch", [0, 5])
 def test_a_row_holds(rule: Any, batch: int) -> None:
     key, value = EXAMPLES[rule.pattern]
-    old, new = config().as_dict(), load_config("aihub_kaist", {key: value})
+    old, new = BASE.as_dict(), load_config("aihub_kaist", {key: value})
     refusing = {REFUSED, BETWEEN_EPOCHS} if batch else {REFUSED}
     if rule.verdict in refusing:
         with pytest.raises(CheckpointError) as caught:
@@ -125,7 +128,7 @@ def test_every_rule_is_of_a_key_that_exists() -> None:
 def test_all_that_spoils_a_run_is_named_in_one_line() -> None:
     new = config(optimizer__name="sgd", input__size=[64, 32], optimizer__lr=0.01, train__seed=3)
     with pytest.raises(CheckpointError) as caught:
-        check_resume(config().as_dict(), training(), new)
+        check_resume(BASE.as_dict(), training(), new)
     line = str(caught.value)
     assert "input.size: [256, 128] -> [64, 32]" in line
     assert "optimizer.name: adam -> sgd" in line
@@ -134,12 +137,12 @@ def test_all_that_spoils_a_run_is_named_in_one_line() -> None:
 
 def test_a_term_that_is_turned_off_or_on_comes_or_goes() -> None:
     with pytest.raises(CheckpointError, match=r"losses\.triplet\.weight: 1\.0 -> 0\.0 \(a term"):
-        check_resume(config().as_dict(), training(), config(losses__triplet__weight=0.0))
-    assert check_resume(config().as_dict(), training(), config(losses__triplet__weight=0.5))
+        check_resume(BASE.as_dict(), training(), config(losses__triplet__weight=0.0))
+    assert check_resume(BASE.as_dict(), training(), config(losses__triplet__weight=0.5))
 
 
 def test_a_run_cannot_become_shorter_than_it_is() -> None:
-    old = config().as_dict()
+    old = BASE.as_dict()
     assert check_resume(old, training(epoch=5), config(train__epochs=5))
     for epoch, batch in ((6, 0), (5, 1)):
         with pytest.raises(CheckpointError, match=r"train\.epochs: 5 is less .* at least 6"):
@@ -147,7 +150,7 @@ def test_a_run_cannot_become_shorter_than_it_is() -> None:
 
 
 def test_what_an_older_reidreg_did_not_have_is_no_change() -> None:
-    old = copy.deepcopy(config().as_dict())
+    old = copy.deepcopy(BASE.as_dict())
     del old["train"]["preflight"], old["input"]["flip_test"]
     assert check_resume(old, training(), config()) == []
 
