@@ -10,7 +10,7 @@ import torch
 from reidreg.checkpoint import Checkpoint
 from reidreg.config import Config
 from reidreg.data import labels_of, training_samples
-from reidreg.device_memory import describe_shortage, gib, memory_of
+from reidreg.device_memory import describe_shortage, memory_of
 from reidreg.devices import choose_device
 from reidreg.distributed import gather, main_first, world
 from reidreg.embedding import make_embedder
@@ -21,6 +21,7 @@ from reidreg.model import build_model
 from reidreg.objective import build_objective
 from reidreg.optimizers import make_optimizer
 from reidreg.schema import AUTO, options_of
+from reidreg.sizes import size_in_text
 from reidreg.trial import Memory, Trial, missing_state
 from reidreg.validation import hold_out
 
@@ -125,7 +126,7 @@ def _search(config: Config, memory: Memory) -> int:
         "sampler.batch_size auto: a step of %d images fits into %s; optimizer.lr %g is not scaled "
         "with it, and epochs have fewer steps where it is large",
         found,
-        gib(budget),
+        size_in_text(budget),
         config.optimizer.lr,
     )
     return found
