@@ -9,18 +9,16 @@ import torch
 
 from reidreg.checkpoint import Checkpoint
 from reidreg.config import Config
-from reidreg.data import labels_of, training_samples
-from reidreg.device_memory import describe_shortage, gib, memory_of
+from reidreg.data import labels_of
+from reidreg.device_memory import describe_shortage, memory_of
 from reidreg.devices import choose_device
-from reidreg.distributed import gather, main_first, world
-from reidreg.embedding import make_embedder
+from reidreg.distributed import gather, world
 from reidreg.errors import ConfigError, DataError, DeviceError, ReidregError
-from reidreg.interfaces import DATASETS, SAMPLERS
+from reidreg.interfaces import SAMPLERS
 from reidreg.logs import logger
-from reidreg.model import build_model
-from reidreg.objective import build_objective
-from reidreg.optimizers import make_optimizer
+from reidreg.run import build_learner, read_training_set
 from reidreg.schema import AUTO, options_of
+from reidreg.sizes import size_in_text
 from reidreg.trial import Memory, Trial, missing_state
 from reidreg.validation import hold_out
 
@@ -72,23 +70,20 @@ def _default(config: Config) -> int:
 
 def _search(config: Config, memory: Memory) -> int:
     """Build what a step needs, try, and give it back."""
-    dataset = DATASETS.build(config.dataset.name, **config.dataset.options)
-    with main_first():  # a data set may have to be made before it can be read
-        samples = training_samples(dataset)
+    _, samples = read_training_set(config)
     if config.validation.identities:
         # Who is held out does not depend on what their matches are.
         samples, _ = hold_out(samples, config.validation, across_cameras=False)
     labels = labels_of(samples)
-    model = build_model(config, labels)
-    embedder = make_embedder(model, labels, config)
-    objective = build_objective(config, labels, model.head.dim).to(embedder.device)
-    parameters = [*model.named_parameters(), *objective.shared_parameters()]
-    optimizer = make_optimizer(config.optimizer, parameters)
-    state = missing_state(optimizer, config.optimizer)
+    # A process whose memory runs out would leave the others waiting within the step.
+    alone = replace(config, train=replace(config.train, sync_batchnorm=False))
+    learner = build_learner(alone, labels)
+    model, embedder = learner.model, learner.embedder
+    state = missing_state(learner.optimizer, config.optimizer)
     if config.train.ema_decay:
         state += sum(value.nbytes for value in model.state_dict().values())
     size = embedder.input.size
-    trial = Trial(model, objective, size, embedder.device, embedder.dtype, state)
+    trial = Trial(model, learner.objective, size, embedder.device, embedder.dtype, state)
     pids = torch.tensor(labels.pid_labels(samples))
     parts = config.train.accumulate * world().size
     budget = int(SHARE * memory.available())
@@ -125,7 +120,7 @@ def _search(config: Config, memory: Memory) -> int:
         "sampler.batch_size auto: a step of %d images fits into %s; optimizer.lr %g is not scaled "
         "with it, and epochs have fewer steps where it is large",
         found,
-        gib(budget),
+        size_in_text(budget),
         config.optimizer.lr,
     )
     return found

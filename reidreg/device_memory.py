@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-GIB = 2**30
+from reidreg.sizes import size_in_text
+
 _LISTED = 3  # processes that one line names
 
 
@@ -33,12 +34,7 @@ class Holder:
     def __str__(self) -> str:
         own = self.pid == os.getpid()
         name = "this run" if own else f"pid {self.pid} {self.command}".rstrip()
-        return f"{name} holds {'memory' if self.held is None else gib(self.held)}"
-
-
-def gib(size: float) -> str:
-    """Bytes as GiB, for a line."""
-    return f"{size / GIB:.1f} GiB"
+        return f"{name} holds {'memory' if self.held is None else size_in_text(self.held)}"
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -165,7 +161,7 @@ def describe_shortage(device: torch.device, need: int | None = None) -> str:
     """
     free, total = torch.cuda.mem_get_info(device)
     peak = torch.cuda.max_memory_allocated(device)
-    asked = f"a step needs {gib(need)}" if need else f"this run used {gib(peak)}"
+    asked = f"a step needs {size_in_text(need)}" if need else f"this run used {size_in_text(peak)}"
     return shortage(str(device), asked, free, total, holders(device))
 
 
@@ -183,4 +179,5 @@ def shortage(name: str, asked: str, free: int, total: int, held: Sequence[Holder
     if len(held) > _LISTED:
         shown.append(f"{len(held) - _LISTED} more processes hold memory")
     who = f"; {', '.join(shown)}" if shown else ""
-    return f"{name} is out of memory: {asked}, {gib(free)} of {gib(total)} are free{who}; {_FIXES}"
+    room = f"{size_in_text(free)} of {size_in_text(total)} are free"
+    return f"{name} is out of memory: {asked}, {room}{who}; {_FIXES}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
@@ -9,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from reidreg.errors import ReidregError
+from reidreg.memory import available_memory
+from reidreg.sizes import size_in_text
 
 PACKAGES = (
     "reidreg",
@@ -25,7 +28,7 @@ PACKAGES = (
 
 
 def examine(configs: list[str]) -> tuple[list[str], bool]:
-    """Look at interpreter, packages, devices, W&B, plugins, disk, and a configuration's data.
+    """Look at interpreter, packages, devices, memory, W&B, plugins, disk, and data.
 
     Args:
         configs: Configuration files, whose data set is then looked at; may be empty.
@@ -40,7 +43,7 @@ def examine(configs: list[str]) -> tuple[list[str], bool]:
     packages, missing = _packages()
     plugins, broken = _plugins()
     data, unreadable = _data(configs) if configs else ([], [])
-    lines += [*packages, *_devices(), *_wandb(), *plugins, *_disk(), *data]
+    lines += [*packages, *_devices(), *_memory(), *_wandb(), *plugins, *_disk(), *data]
     problems = [*missing, *broken, *unreadable]
     lines += [f"problem       {problem}" for problem in problems] or ["all is well"]
     return lines, not problems
@@ -59,20 +62,30 @@ def _packages() -> tuple[list[str], list[str]]:
 def _devices() -> list[str]:
     import torch
 
+    from reidreg.device_memory import holders
     from reidreg.devices import choose_device, choose_precision
 
     lines = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
         lines.append(
-            f"cuda:{index}        {torch.cuda.get_device_name(index)}, "
-            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+            f"cuda:{index}        {name}, {size_in_text(free)} of {size_in_text(total)} free"
         )
+        # Looking takes memory itself; that is gone with this process.
+        held = holders(torch.device("cuda", index))
+        lines += [f"{'':<13} {holder}" for holder in held if holder.pid != os.getpid()]
     if not lines:
         lines.append(f"cuda          none (torch built for CUDA {torch.version.cuda})")
     device = choose_device("auto")
     dtype = str(choose_precision("auto", device)).removeprefix("torch.")
     return [*lines, f"auto          device {device}, precision {dtype}"]
+
+
+def _memory() -> list[str]:
+    available = available_memory()
+    known = "an unknown amount" if available is None else size_in_text(available)
+    return [f"memory        {known} available to this process"]
 
 
 def _wandb() -> list[str]:
@@ -95,7 +108,7 @@ def _plugins() -> tuple[list[str], list[str]]:
 
 def _disk() -> list[str]:
     free = shutil.disk_usage(Path.cwd()).free
-    return [f"disk          {free / 2**30:.1f} GiB free in {Path.cwd()}"]
+    return [f"disk          {size_in_text(free)} free in {Path.cwd()}"]
 
 
 def _data(configs: list[str]) -> tuple[list[str], list[str]]:

@@ -10,7 +10,8 @@ Exception
 │   │   └── DamagedError             its file is not whole
 │   ├── DeviceError              a device is missing or its memory does not suffice
 │   └── RankError                the processes of a run do not fit together, or one is gone
-├── DivergedError           3    the loss or a gradient is not finite
+└── DivergedError           3    the loss or a gradient is not finite
+BaseException
 └── InterruptedRun     130, 143  SIGINT or SIGTERM, after saving
 """
 
@@ -64,8 +65,11 @@ class DivergedError(Exception):
     exit_code = 3
 
 
-class InterruptedRun(Exception):
+class InterruptedRun(BaseException):
     """A signal ended the run after its state was saved.
+
+    Like KeyboardInterrupt it is no Exception: a part that passes over what goes wrong within it
+    does not pass over this.
 
     Args:
         signum: The signal's number; the exit code is 128 more.

@@ -42,11 +42,12 @@ from reidreg.files import PRIVATE, replacing
 from reidreg.images import load_images
 from reidreg.logs import ProgressBar, logger
 from reidreg.memory import available_memory
+from reidreg.sizes import GIB, size_in_text
 
 Pixels = NDArray[np.uint8]
 
 _BLOCK = 32  # images that a thread decodes at a time
-_SPARE = 2**30  # bytes of a disk that `auto` leaves free
+_SPARE = GIB  # bytes of a disk that `auto` leaves free
 
 
 class _Writable(Protocol):
@@ -151,7 +152,7 @@ class Wanted:
 
     @property
     def shown(self) -> str:
-        return _gib(self.bytes)
+        return size_in_text(self.bytes)
 
     @property
     def file(self) -> Path:
@@ -192,10 +193,6 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 // 10 else f"{count / 2**20:.1f} MiB"
-
-
 # --------------------------------------------------------------------- places
 
 
@@ -203,13 +200,13 @@ def _anywhere(wanted: Wanted, notice: IO[str] | None) -> ImageCache | None:
     memory = available_memory()
     if memory is not None and wanted.bytes <= memory // 2:
         return _in_memory(wanted, notice)
-    short = "an unknown amount of memory" if memory is None else f"{_gib(memory)} of memory"
+    short = "an unknown amount of memory" if memory is None else f"{size_in_text(memory)} of memory"
     try:
         room = shutil.disk_usage(_made(cache_folder())).free
         if wanted.bytes + _SPARE <= room:
             logger.info("training images: too many for half of %s that is available", short)
             return _on_disk(wanted, notice)
-        reason = f"{short} and {_gib(room)} of disk in {cache_folder()} are available"
+        reason = f"{short} and {size_in_text(room)} of disk in {cache_folder()} are available"
     except (OSError, ConfigError) as error:
         reason = str(error)
     logger.info("training images: not cached, for they need %s (%s)", wanted.shown, reason)
@@ -220,7 +217,7 @@ def _in_memory(wanted: Wanted, notice: IO[str] | None) -> ImageCache:
     memory = available_memory()
     if memory is not None and wanted.bytes > memory:
         raise ConfigError(
-            f"train.cache: the images need {wanted.shown} of memory and {_gib(memory)} are "
+            f"train.cache: the images need {wanted.shown} of memory and {size_in_text(memory)} are "
             "available; use disk, none or a smaller --input.size"
         )
     try:
@@ -229,7 +226,7 @@ def _in_memory(wanted: Wanted, notice: IO[str] | None) -> ImageCache:
         raise ConfigError(
             f"train.cache: no memory for {wanted.shown} of images ({error}); use disk or none"
         ) from error
-    of = "" if memory is None else f" of {_gib(memory)} available"
+    of = "" if memory is None else f" of {size_in_text(memory)} available"
     logger.info("training images: cached in memory (%s%s)", wanted.shown, of)
     return cache
 
@@ -296,7 +293,7 @@ def _on_disk(wanted: Wanted, notice: IO[str] | None) -> ImageCache:
         _forget(wanted)  # first, for they may be what fills the disk
         room = shutil.disk_usage(_made(folder)).free
         if wanted.bytes > room:
-            raise OSError(f"{_gib(room)} are free")
+            raise OSError(f"{size_in_text(room)} are free")
         with replacing(wanted.file, PRIVATE) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": wanted.shape}
             np.lib.format.write_array_header_1_0(file, header)

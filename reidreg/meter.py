@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from reidreg.device_memory import GIB, peak_memory
+from reidreg.device_memory import peak_memory
 from reidreg.distributed import mean_over_processes, world
+from reidreg.sizes import GIB
 
 T = TypeVar("T")
 

@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 import torch
 
 from reidreg.describe import describe_evaluation, log_figures
-from reidreg.device_memory import describe_shortage, gib, memory_of
+from reidreg.device_memory import describe_shortage, memory_of
 from reidreg.distributed import broadcast, world
 from reidreg.embedding import embeddings_of
 from reidreg.errors import ConfigError, DeviceError
 from reidreg.interfaces import Dataset, Evaluator
 from reidreg.logs import logger
 from reidreg.run import Run
+from reidreg.sizes import size_in_text
 from reidreg.trial import Memory, Trial, missing_state, undisturbed
 from reidreg.values import Embeddings, Sample
 
@@ -84,7 +85,11 @@ def check_memory(run: Run, memory: Memory) -> None:
         raise DeviceError(describe_shortage(embedder.device, need))
     available = memory.available()
     memory.reset()  # so that the peak in the log is that of the run
-    logger.info("memory: a step needs %s of the %s at hand", gib(need or 0), gib(available))
+    logger.info(
+        "memory: a step needs %s of the %s at hand",
+        size_in_text(need or 0),
+        size_in_text(available),
+    )
 
 
 # --------------------------------------------------------------------- evaluation

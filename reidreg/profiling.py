@@ -8,6 +8,7 @@ what is recorded is not what is timed. The run then goes on as if nothing had be
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,8 @@ class Profile(Phases):
             logger.info("%s", line)
 
     def _record(self) -> None:
+        # torch's recorder tells stderr that it starts and stops, above the level of errors.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         self._recorder = torch.profiler.profile(activities=activities)
         self._recorder.start()

@@ -97,14 +97,51 @@ class Run:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What learns, on its device: the part of a run that a step of training is made with.
+
+    Args:
+        model: The model.
+        embedder: Embeds with it.
+        objective: The losses.
+        optimizer: Steps the parameters of both.
+    """
+
+    model: Model
+    embedder: Embedder
+    objective: Objective
+    optimizer: Optimizer
+
+
+def build_learner(config: Config, labels: Labels) -> Learner:
+    """Build what learns to tell the people of `labels` apart; weights are random."""
+    model = build_model(config, labels)
+    if config.train.sync_batchnorm and world().size > 1:
+        synchronise_batchnorm(model, choose_device(config.train.device))
+    embedder = make_embedder(model, labels, config)
+    objective = build_objective(config, labels, model.head.dim).to(embedder.device)
+    parameters = [*model.named_parameters(), *objective.shared_parameters()]
+    layer_decay = config.optimizer.layer_decay
+    scales = layer_scales(model, layer_decay) if layer_decay is not None else {}
+    optimizer = make_optimizer(config.optimizer, parameters, scales)
+    return Learner(model, embedder, objective, optimizer)
+
+
+def read_training_set(config: Config) -> tuple[Dataset, list[Sample]]:
+    """The data set, and the training images of it whose people are known."""
+    dataset = DATASETS.build(config.dataset.name, **config.dataset.options)
+    with main_first():  # a data set may have to be made before it can be read
+        return dataset, training_samples(dataset)
+
+
 def build_run(config: Config) -> Run:
     """Build every part of a run; weights are random, and the data's labels are checked."""
     seed_everything(config.train.seed)
     choose_device(config.train.device)  # a missing one is said before the data are read
-    dataset = DATASETS.build(config.dataset.name, **config.dataset.options)
     evaluator = EVALUATORS.build(config.evaluator.name, **config.evaluator.options)
-    with main_first():  # a data set may have to be made before it can be read
-        samples = training_samples(dataset)
+    dataset, samples = read_training_set(config)
+    with main_first():
         check_splits(dataset, evaluator)
     splits = {"train": samples, "query": dataset.query, "gallery": dataset.gallery}
     check_same_run(config.as_dict(), splits)
@@ -113,18 +150,12 @@ def build_run(config: Config) -> Run:
         samples, validation = hold_out_people(samples, config, evaluator)
     labels = labels_of(samples)
 
-    model = build_model(config, labels)
-    if config.train.sync_batchnorm and world().size > 1:
-        synchronise_batchnorm(model, choose_device(config.train.device))
-    embedder = make_embedder(model, labels, config)
+    learner = build_learner(config, labels)
+    model, embedder, objective = learner.model, learner.embedder, learner.objective
     decay = config.train.ema_decay
     average = Average(model, decay) if decay else None
     if average is not None:
         embedder = replace(embedder, model=average.model)
-    objective = build_objective(config, labels, model.head.dim).to(embedder.device)
-    parameters = [*model.named_parameters(), *objective.shared_parameters()]
-    layer_decay = config.optimizer.layer_decay
-    scales = layer_scales(model, layer_decay) if layer_decay is not None else {}
     sampler = build_sampler(
         config.sampler.name,
         config.sampler.options,
@@ -148,7 +179,6 @@ def build_run(config: Config) -> Run:
         rank=world().rank,
         world_size=world().size,
     )
-    optimizer = make_optimizer(config.optimizer, parameters, scales)
     if not world().is_main:
         seed_process(config.train.seed)  # all have the same weights, but not the same dropout
     return Run(
@@ -169,7 +199,7 @@ def build_run(config: Config) -> Run:
         embedder=embedder,
         evaluator=evaluator,
         objective=objective,
-        optimizer=optimizer,
+        optimizer=learner.optimizer,
         schedule=make_schedule(config),
         scaler=torch.amp.GradScaler(embedder.device.type, enabled=embedder.dtype == torch.float16),
         freezer=Freezer(model, config.train.freeze, config.train.freeze_epochs),

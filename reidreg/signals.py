@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM: finish the step, save, stop. A second one stops at once."""
+"""SIGINT and SIGTERM: finish the step, save, stop. A second one stops at once.
+
+So does the first one where there is nothing to save, such as before the first step.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._immediate or self.received is not None:
-            raise InterruptedRun(number, self._saved)
+        again = self.received is not None
+        # Noted in any case: Python drops what is raised within a finalizer.
         self.received = number
+        if self._immediate or again:
+            raise InterruptedRun(number, self._saved)
 
     def agreed(self, at_once: bool = False) -> int | None:
         """The signal that a process of the run has received, in all of them at the same step.
@@ -57,8 +62,16 @@ class StopSignals:
         self._saved = saved
         self._immediate = True
         try:
-            if self.received is not None:
-                raise InterruptedRun(self.received, saved)
+            self.obey(saved)
             yield
         finally:
             self._immediate = False
+
+    def obey(self, saved: str | None) -> None:
+        """Stop now if a signal has come, since there is nothing to save that is not saved.
+
+        Args:
+            saved: The checkpoint that holds the run's state, for the message.
+        """
+        if self.received is not None:
+            raise InterruptedRun(self.received, saved)

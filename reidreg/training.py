@@ -74,26 +74,11 @@ def fit(config: Config, resume: str | None = None, profile: int = 0) -> dict[str
         joined(device, config.train.rank_timeout) as processes,
         folder.held() if processes.is_main else log_to_nobody(),
     ):
-        # Before anything slow: a wrong path, or an option that cannot change, is said at once.
-        source, checkpoint = broadcast(
-            first_checkpoint(folder, config, resume) if processes.is_main else (None, None)
-        )
-        resumed = checkpoint if source is not None else None
-        config = with_batch_size(config, resumed)
-        if resumed is not None:
-            for change in check_resume(resumed.config, resumed.training, config):
-                logger.info("changed on resume: %s", change)
-        run = build_run(config)
-        if resumed is not None:
-            restore(run, resumed)
-            logger.info("resumed from %s at step %d", source, run.progress.step)
-        else:
-            start_weights(run, checkpoint)
-        if config.train.preflight:
-            with signals.immediate(folder.saved() if resumed is not None else None):
-                preflight(run)
+        # A run that is not resumed has saved nothing: what is there is an earlier one's.
+        with signals.immediate(folder.saved() if resume is not None else None):
+            run, source = start(folder, config, resume)
         if processes.is_main:
-            begin_files(folder, config, anew=source is None)
+            begin_files(folder, run.config, anew=source is None)
         with signals.immediate(folder.saved()), main_first():
             run.loader.prepare()
         announce(run)
@@ -110,6 +95,31 @@ def fit(config: Config, resume: str | None = None, profile: int = 0) -> dict[str
             phases.close()
             metrics.close(exit_code)
         return run.progress.metrics
+
+
+def start(folder: RunFolder, config: Config, resume: str | None) -> tuple[Run, Path | None]:
+    """A run that is about to make its first step, and the file that it goes on from, if any.
+
+    Nothing is written but a note in the folder, so that it can be left at any moment.
+    """
+    # Before anything slow: a wrong path, or an option that cannot change, is said at once.
+    source, checkpoint = broadcast(
+        first_checkpoint(folder, config, resume) if world().is_main else (None, None)
+    )
+    resumed = checkpoint if source is not None else None
+    config = with_batch_size(config, resumed)
+    if resumed is not None:
+        for change in check_resume(resumed.config, resumed.training, config):
+            logger.info("changed on resume: %s", change)
+    run = build_run(config)
+    if resumed is not None:
+        restore(run, resumed)
+        logger.info("resumed from %s at step %d", source, run.progress.step)
+    else:
+        start_weights(run, checkpoint)
+    if config.train.preflight:
+        preflight(run)
+    return run, source
 
 
 def first_checkpoint(
@@ -158,6 +168,7 @@ def train(
     """Train the epochs that are left."""
     run.network.hear(phases)
     config, progress = run.config.train, run.progress
+    signals.obey(folder.saved())  # one that came as files were opened does not wait for a step
     if config.eval_untrained and progress.step == 0:
         evaluate_epoch(run, folder, metrics, signals)
     while progress.epoch < config.epochs or evaluation_due(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from conftest import Command, as_flags
 from reidreg import cli
 from reidreg.cli import COMMANDS, main
+from reidreg.device_memory import Holder
 
 
 def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,8 +158,42 @@ def test_synthesize_prints_what_it_drew(tmp_path: Path, capsys: pytest.CaptureFi
 def test_doctor_looks_at_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for word in ("python", "torch", "cuda", "W&B", "plugins", "disk", "all is well"):
+    for word in ("python", "torch", "cuda", "W&B", "memory", "plugins", "disk", "all is well"):
         assert word in text
+
+
+def test_doctor_says_what_memory_is_free_and_who_holds_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gib = 2**30
+    free = [(2 * gib, 16 * gib), (24 * gib, 24 * gib)]
+    held = [
+        [
+            Holder(4711, "reidreg fit ...", 9 * gib),
+            Holder(os.getpid(), "", gib),
+            Holder(12, "", None),
+        ],
+        [],
+    ]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: free[index])
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: ["T4", "A10"][index])
+    monkeypatch.setattr("reidreg.device_memory.holders", lambda device: held[device.index])
+    monkeypatch.setattr("reidreg.doctor.available_memory", lambda: 3 * gib)
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index("cuda:0        T4, 2.0 GiB of 16.0 GiB free")
+    assert lines[first + 1 : first + 4] == [
+        "              pid 4711 reidreg fit ... holds 9.0 GiB",
+        "              pid 12 holds memory",
+        "cuda:1        A10, 24.0 GiB of 24.0 GiB free",
+    ]
+    assert "memory        3.0 GiB available to this process" in lines
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("reidreg.doctor.available_memory", lambda: None)
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "cuda          none" in text and "memory        an unknown amount available" in text
 
 
 def test_doctor_looks_at_the_data_of_a_configuration(

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from reidreg.device_memory import (
-    GIB,
     Holder,
     _ask_nvidia_smi,
     command_of,
@@ -19,6 +18,7 @@ from reidreg.device_memory import (
     peak_memory,
     shortage,
 )
+from reidreg.sizes import GIB
 
 
 @pytest.fixture

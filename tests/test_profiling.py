@@ -20,7 +20,7 @@ PHASES = ("data", "host to device", "forward", "loss", "backward", "optimizer", 
 
 
 def test_a_profiled_run_is_the_same_run_with_a_trace_and_a_table(
-    aihub_root: Path, tmp_path: Path
+    aihub_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     values = small_run(aihub_root, tmp_path / "plain")
     values["train"]["epochs"] = 3
@@ -38,6 +38,7 @@ def test_a_profiled_run_is_the_same_run_with_a_trace_and_a_table(
     log = (tmp_path / "profiled/train.log").read_text()
     assert "profile of 3 steps" in log and not (tmp_path / "plain/profile").exists()
     assert all(f"INFO {phase} " in log for phase in (*PHASES, "step"))
+    assert not capfd.readouterr().err, "torch's recorder has no word to say"
 
 
 def steps(phases: Phases, count: int) -> None:

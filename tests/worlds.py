@@ -14,8 +14,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 # Its processes are forked from one that has imported what takes seconds, and has no threads.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torchvision", "reidreg.training", "reidreg_plugins"])
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["torch", "torchvision", "reidreg.training", "reidreg_plugins"])
 
 
 @contextmanager
@@ -44,8 +44,8 @@ def started(
             "MASTER_PORT": str(port),
             **environment,
         }
-        ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_work, args=(theirs, place, function, arguments))
+        ours, theirs = FORKING.Pipe()
+        process = FORKING.Process(target=_work, args=(theirs, place, function, arguments))
         process.start()
         theirs.close()
         processes.append((process, ours))
