@@ -495,5 +495,8 @@ def _end_without(silent: Neighbour, store: TCPStore) -> None:
         return line
 
     tell_failure(error, tell, store)
-    silent.end()  # after the line: torchrun ends all as soon as one is gone
+    # After the line, since torchrun ends all as soon as one is gone; and in another second, since
+    # it names as the cause what failed first by a clock of whole seconds.
+    time.sleep(1)
+    silent.end()
     os._exit(error.exit_code)
