@@ -21,7 +21,7 @@ from pathlib import Path
 
 # In looks of the one that waits, about a second each, and not by a clock: where all processes are
 # stopped and go on together, as a batch system does it, none of them has missed a sign.
-_HERE = 20
+_HERE = 30
 _ELSEWHERE = 300
 
 

@@ -758,7 +758,7 @@ def test_a_process_that_is_stopped_outside_of_a_step_does_too(tmp_path: Path, ra
     )
     assert time.monotonic() - start < 60 and ended.returncode == 1
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("reidreg: ")]
-    assert f"rank {rank} on " in line and "no sign of life for 20 s" in line
+    assert f"rank {rank} on " in line and "no sign of life for 30 s" in line
     assert line.removeprefix("reidreg: ") in ended.stderr[ended.stderr.index("Root Cause") :]
 
 

@@ -31,7 +31,7 @@ def test_every_process_is_watched_by_one_of_its_machine_and_every_machine_by_ano
         assert len(found) <= 2
         for other in found:
             assert other.identity.rank != rank
-            assert (other.patience == 20) == (other.identity.machine == name)
+            assert (other.patience == 30) == (other.identity.machine == name)
             watched[other.identity.rank].add(name)
     for rank, name in enumerate(machines):
         assert name in watched[rank] or machines.count(name) == 1
