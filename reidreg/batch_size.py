@@ -47,7 +47,8 @@ def with_batch_size(config: Config, resumed: Checkpoint | None = None) -> Config
     if memory is None:
         size = _default(config)
         logger.info(
-            "sampler.batch_size auto: %d, the sampler's default; only a CUDA device is tried", size
+            "sampler.batch_size auto: %d, by the sampler's default; only a CUDA device is tried",
+            size,
         )
         return _sized(config, size)
     return _sized(config, _search(config, memory))
@@ -58,14 +59,22 @@ def _sized(config: Config, size: int) -> Config:
     return replace(config, sampler=replace(config.sampler, options=options))
 
 
+def _unit(config: Config) -> int:
+    """What sizes are multiples of: the images of one identity, for each part of each process."""
+    instances = int(config.sampler.options.get("instances", 1))
+    return instances * config.train.accumulate * world().size
+
+
 def _default(config: Config) -> int:
+    """The sampler's own size, or the next smaller one that can be shared evenly."""
     option = options_of(SAMPLERS[config.sampler.name])["batch_size"]
     if option.required:
         raise ConfigError(
             f"sampler.batch_size: auto needs a CUDA device, and {config.sampler.name} has no "
             "default; give a number"
         )
-    return int(option.default)
+    size, unit = int(option.default), _unit(config)
+    return max(size - size % unit, unit)
 
 
 def _search(config: Config, memory: Memory) -> int:
@@ -111,8 +120,7 @@ def _search(config: Config, memory: Memory) -> int:
             fine = False
         return all(gather(fine))  # the smallest device decides
 
-    unit = int(config.sampler.options.get("instances", 1)) * parts
-    found = largest(unit, batch_of, fits)
+    found = largest(_unit(config), batch_of, fits)
     if found is None:
         raise DeviceError(describe_shortage(embedder.device))
     memory.reset()

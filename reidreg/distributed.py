@@ -5,7 +5,8 @@ A process alone is a world of size 1, in which every function here gives back wh
 There are two groups of processes. The default group carries tensors, by NCCL where they are on CUDA
 devices and by gloo where they are not; in it all wait for each other at the same place of a step,
 so what takes long there is a process that hangs. The host group carries objects and features by
-gloo, and waits as long as the first process ranks, writes or draws.
+gloo, and waits as long as the first process ranks, writes or draws: as long as all live, which a
+thread of each process shows and looks after.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +31,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from reidreg.cores import count_cores
 from reidreg.errors import RankError, ReidregError
+from reidreg.liveness import Identity, Neighbour, neighbours
 from reidreg.values import Output, Sample
 from reidreg.world import World, launched
 
@@ -37,7 +40,7 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # for what the first process does alone
 _CONNECT = timedelta(seconds=60)
 _GRACE = 5.0  # seconds in which a process ends by itself once another has failed
-_POLL = 1.0  # seconds between looks at whether another has failed
+_POLL = 1.0  # seconds between signs of life, and between looks at the others
 
 _world = World()
 _host: Any = None
@@ -65,7 +68,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[World]:
         yield _world
         return
     over = threading.Event()
-    watch = threading.Thread(target=_end_with_others, args=(place, over), daemon=True)
+    watch: threading.Thread | None = None
     backend = "gloo"
     options: dict[str, Any] = {}
     if device.type == "cpu":
@@ -85,6 +88,8 @@ def joined(device: torch.device, timeout: float) -> Iterator[World]:
             )
             _host = dist.new_group(backend="gloo", timeout=_PATIENCE)
             _world = place
+            others = neighbours(place.rank, gather(Identity.own(place.rank)))
+            watch = threading.Thread(target=_watch, args=(place, others, over), daemon=True)
             watch.start()
             yield place
             wait()
@@ -94,7 +99,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[World]:
         raise
     finally:
         over.set()
-        if watch.ident is not None:
+        if watch is not None:
             watch.join(_GRACE)  # a thread inside torch would abort the interpreter at its end
         _world, _host = World(), None
         if dist.is_initialized():
@@ -405,16 +410,19 @@ def _key(place: World, name: str) -> str:
     return f"reidreg/{place.restarts}/{name}"
 
 
-def is_first_failure() -> bool:
+def is_first_failure(store: TCPStore | None = None) -> bool:
     """Whether this process is the first of its world to fail, and so the one to say why.
 
     Any other waits until that was said: a launcher ends those that are left once one is gone.
+
+    Args:
+        store: The connection to use; None takes the main thread's.
     """
     place = launched()
     if place.size == 1:
         return True
     try:
-        store = _store(place)
+        store = store or _store(place)
         mark = str(place.rank)
         if store.compare_set(_key(place, "failed"), "", mark).decode() == mark:
             return True
@@ -426,7 +434,9 @@ def is_first_failure() -> bool:
     return False
 
 
-def tell_failure(error: BaseException, tell: Callable[[], str]) -> None:
+def tell_failure(
+    error: BaseException, tell: Callable[[], str], store: TCPStore | None = None
+) -> None:
     """Tell why this process fails, unless another one has failed first.
 
     torchrun is told too, whose summary names the first failure, and the others may end then.
@@ -434,8 +444,9 @@ def tell_failure(error: BaseException, tell: Callable[[], str]) -> None:
     Args:
         error: What was raised.
         tell: Prints a text, and returns it.
+        store: The connection to use; None takes the main thread's.
     """
-    if not is_first_failure():
+    if not is_first_failure(store):
         return
     text, place = tell(), launched()
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -446,18 +457,46 @@ def tell_failure(error: BaseException, tell: Callable[[], str]) -> None:
             json.dump(content, stream)
     if place.size > 1:
         with contextlib.suppress(RuntimeError, dist.DistError):
-            _store(place).set(_key(place, "said"), "1")
+            (store or _store(place)).set(_key(place, "said"), "1")
 
 
-def _end_with_others(place: World, over: threading.Event) -> None:
-    """End this process soon after another has failed, whatever it is doing or waiting for."""
-    failed = False
+def _watch(place: World, others: Sequence[Neighbour], over: threading.Event) -> None:
+    """Show that this process lives, and end it soon after another has failed or is silent.
+
+    Whatever it is doing or waiting for.
+    """
     try:
         # A connection of its own: the other one may be waiting.
         store = _connect(place, host=False)
-        while not failed and not over.wait(_POLL):
-            failed = store.check([_key(place, "failed")])
+        while not over.wait(_POLL) and not store.check([_key(place, "failed")]):
+            store.add(_key(place, f"signs/{place.rank}"), 1)
+            for other in others:
+                if other.given_up(store.add(_key(place, f"signs/{other.identity.rank}"), 0)):
+                    _end_without(other, store)
     except (RuntimeError, dist.DistError):
-        failed = True  # the launcher itself is gone
-    if failed and not over.wait(_GRACE):
+        pass  # the launcher itself is gone
+    if not over.wait(_GRACE):
         os._exit(1)
+
+
+def _end_without(silent: Neighbour, store: TCPStore) -> None:
+    """End this process at once, and a silent one if it is on this machine; say why.
+
+    The main thread may be anywhere, and cannot be asked. All files are written aside and renamed.
+    """
+    error = RankError(
+        f"{silent.identity} is stopped or hangs: no sign of life for {silent.patience} s, so all "
+        "end; --resume auto goes on from the last checkpoint"
+    )
+
+    def tell() -> str:
+        line = f"reidreg: {error}"
+        print(line, file=sys.stderr, flush=True)
+        return line
+
+    tell_failure(error, tell, store)
+    # After the line, since torchrun ends all as soon as one is gone; and in another second, since
+    # it names as the cause what failed first by a clock of whole seconds.
+    time.sleep(1)
+    silent.end()
+    os._exit(error.exit_code)

@@ -2,7 +2,8 @@
 
 The loop says which phase begins; without `--profile` nobody listens. With it, some steps warm up,
 N steps are timed, and N more are recorded by torch's profiler: recording slows a step down, so
-what is recorded is not what is timed. The run then goes on as if nothing had been.
+what is recorded is not what is timed. The run then goes on as if nothing had been. Of several
+processes the first one is profiled.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
+from reidreg.distributed import wait
 from reidreg.logs import logger
 from reidreg.phases import DATA, Phases
 
@@ -61,8 +63,9 @@ class Profile(Phases):
         if self._done == WARM_UP + self.steps:
             self._report()
             self._record()
-        elif self._done == WARM_UP + 2 * self.steps:
+        elif self._done == _over(self.steps):
             self._write()
+            wait()
         self.begin(DATA)
 
     def end_epoch(self) -> None:
@@ -104,6 +107,28 @@ class Profile(Phases):
         if self._cuda:
             logger.info("%s", _copies(averages, self.steps))
         logger.info("profile: %s, for ui.perfetto.dev, and %s", trace, operators)
+
+
+class Bystander(Phases):
+    """Waits while the first process writes its profile, which takes longer than a step may.
+
+    Args:
+        steps: N.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._done = 0
+
+    def end_step(self) -> None:
+        self._done += 1
+        if self._done == _over(self.steps):
+            wait()
+
+
+def _over(steps: int) -> int:
+    """The step after which a profile of N steps is written."""
+    return WARM_UP + 2 * steps
 
 
 def _copies(averages: Any, steps: int) -> str:

@@ -36,7 +36,7 @@ from reidreg.logs import MetricsLog, ProgressBar, log_to_nobody, logger, start_w
 from reidreg.optimizers import set_learning_rate
 from reidreg.phases import DATA, UNHEARD, Phases
 from reidreg.preflight import preflight
-from reidreg.profiling import Profile
+from reidreg.profiling import Bystander, Profile
 from reidreg.resuming import check_resume
 from reidreg.run import Run, build_run, capture, restore, start_weights
 from reidreg.runfolder import RunFolder
@@ -83,8 +83,10 @@ def fit(config: Config, resume: str | None = None, profile: int = 0) -> dict[str
             run.loader.prepare()
         announce(run)
         metrics = open_metrics(run, folder)
-        profiled = profile and processes.is_main
-        phases = Profile(profile, folder.profile, device) if profiled else UNHEARD
+        phases = UNHEARD
+        if profile:
+            first = processes.is_main
+            phases = Profile(profile, folder.profile, device) if first else Bystander(profile)
         exit_code = 1
         try:
             train(run, folder, metrics, signals, phases)

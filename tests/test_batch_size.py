@@ -14,9 +14,11 @@ from conftest import small_run
 from reidreg import batch_size as batch_size_module
 from reidreg import fit, load_checkpoint, load_config
 from reidreg.batch_size import largest, with_batch_size
+from reidreg.distributed import joined
 from reidreg.errors import ConfigError, DataError, DeviceError
 from reidreg.sizes import GIB
 from reidreg.trial import Trial
+from worlds import in_processes
 
 
 class FakeMemory:
@@ -171,7 +173,7 @@ def test_without_a_device_to_try_it_is_the_samplers_default(
     caplog.set_level("INFO", "reidreg")
     config = load_config("aihub_kaist", auto, {"train.device": "cpu"})
     assert with_batch_size(config).sampler.options["batch_size"] == 64
-    assert "auto: 64, the sampler's default" in caplog.text
+    assert "auto: 64, by the sampler's default" in caplog.text
 
 
 # --------------------------------------------------------------------- the word
@@ -194,7 +196,30 @@ def test_no_other_word_and_no_other_option(flag: str) -> None:
         load_config("aihub_kaist", flags=[flag])
 
 
-def test_a_default_that_does_not_go_with_the_other_options_is_said(auto: dict[str, Any]) -> None:
-    changes = {"sampler.instances": 3, "train.device": "cpu"}
-    with pytest.raises(ConfigError, match=r"sampler\.batch_size: 64 is not a multiple of .* 3"):
-        fit(load_config("aihub_kaist", auto, changes))
+def test_a_default_is_lowered_to_what_goes_with_the_other_options(auto: dict[str, Any]) -> None:
+    changes = {"sampler.instances": 3, "train.accumulate": 2, "train.device": "cpu"}
+    sized = with_batch_size(load_config("aihub_kaist", auto, changes))
+    assert sized.sampler.options["batch_size"] == 60
+
+
+# --------------------------------------------------------------------- several processes
+
+
+def sized(values: dict[str, Any], limits: tuple[float, ...]) -> tuple[int, list[int]]:
+    """The size that a process of several comes to, each on a device of its own; what it tried."""
+    with pytest.MonkeyPatch.context() as monkeypatch, joined(torch.device("cpu"), 20.0) as place:
+        limit = limits[place.rank]
+        tried = on_a_device_of(limit, monkeypatch) if limit else []
+        config = with_batch_size(load_config("aihub_kaist", values))
+        return config.sampler.options["batch_size"], tried
+
+
+def test_processes_agree_on_what_the_smallest_device_has_room_for(auto: dict[str, Any]) -> None:
+    # The data have people for batches of twelve images, six in each process.
+    (one, here), (other, there) = in_processes(2, sized, auto, (1000.0, 5.0))
+    assert (one, other) == (8, 8) and here == there and max(there) == 6
+
+
+def test_without_devices_to_try_they_can_share_what_they_agree_on(auto: dict[str, Any]) -> None:
+    values = {**auto, "train": {**auto["train"], "device": "cpu"}}
+    assert in_processes(3, sized, values, (0, 0, 0)) == [(60, [])] * 3

@@ -722,6 +722,47 @@ def test_a_process_that_is_killed_ends_all(small: Values) -> None:
 
 
 @pytest.mark.slow
+def test_a_process_that_is_stopped_in_a_step_ends_all_within_a_minute(small: Values) -> None:
+    values = {**small, "train.epochs": 10_000, "train.workers": 1}
+    process = launch(2, values)
+    wait_for(process, "epoch 1/10000 step 2/")
+    os.kill(processes_of(values)["1"], signal.SIGSTOP)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=90)
+    assert time.monotonic() - start < 60 and process.returncode == 1
+    (line,) = [line for line in errors.splitlines() if line.startswith(("reidreg:", "reidreg fit"))]
+    assert "rank 1 on " in line and "is stopped or hangs" in line
+    assert not processes_of(values)
+
+
+STOPPED = """
+import os, signal, sys, torch
+from reidreg.distributed import joined, wait
+
+with joined(torch.device("cpu"), 45.0) as place:
+    if place.rank == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    wait()  # for up to twelve hours, as for an evaluation or a cache
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_process_that_is_stopped_outside_of_a_step_does_too(tmp_path: Path, rank: int) -> None:
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3"]
+    start = time.monotonic()
+    ended = subprocess.run(
+        [*torchrun, str(script), str(rank)], capture_output=True, text=True, timeout=90
+    )
+    assert time.monotonic() - start < 60 and ended.returncode == 1
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("reidreg: ")]
+    assert f"rank {rank} on " in line and "no sign of life for 30 s" in line
+    assert line.removeprefix("reidreg: ") in ended.stderr[ended.stderr.index("Root Cause") :]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_to_torchrun_saves_and_the_run_goes_on_to_the_same_bits(
     small: Values, tmp_path: Path, number: signal.Signals

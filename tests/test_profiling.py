@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from reidreg import fit, load_checkpoint, load_config
 from reidreg.errors import ConfigError
 from reidreg.meter import Meter
 from reidreg.profiling import WARM_UP, Phases, Profile, Stopwatch, profile_table
+from worlds import in_processes
 
 CPU = torch.device("cpu")
 PHASES = ("data", "host to device", "forward", "loss", "backward", "optimizer", "other")
@@ -39,6 +41,32 @@ def test_a_profiled_run_is_the_same_run_with_a_trace_and_a_table(
     assert "profile of 3 steps" in log and not (tmp_path / "plain/profile").exists()
     assert all(f"INFO {phase} " in log for phase in (*PHASES, "step"))
     assert not capfd.readouterr().err, "torch's recorder has no word to say"
+
+
+def profiled(values: dict[str, Any]) -> dict[str, Any]:
+    """A profiled run, in which the profile takes longer to write than a step may."""
+    write = Profile._write
+
+    def slowly(self: Profile) -> None:
+        time.sleep(8)
+        write(self)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Profile, "_write", slowly)
+        return fit(load_config("aihub_kaist", values), profile=1)
+
+
+@pytest.mark.slow
+def test_of_several_processes_the_first_is_profiled_and_the_others_wait(
+    aihub_root: Path, tmp_path: Path
+) -> None:
+    values = small_run(aihub_root, tmp_path / "run")
+    values["backbone.model"] = "test_resnet"
+    values["train"] |= {"epochs": 2, "rank_timeout": 5.0}
+    one, other = in_processes(2, profiled, values)
+    assert one == other and "mAP" in one
+    assert (tmp_path / "run/profile/trace.json").exists()
+    assert (tmp_path / "run/train.log").read_text().count("profile of 1 steps") == 1
 
 
 def steps(phases: Phases, count: int) -> None:
