@@ -365,14 +365,17 @@ def _pass_by(
             columns = labels.kept[piece]
             tile = memory[: len(rows) * len(columns)].view(len(rows), len(columns))
             distances.scores(vectors, distances.score_items(columns), out=tile)
-            # All of the query's own pid are either a match, which is not counted, or left out.
-            own = same_pid(labels.query_pids[rows], labels.gallery_pids[columns])
-            tile[own] = torch.inf
+            _hide_own(tile, labels, rows, columns)
             tally.add(tile, columns)
             if progress:
                 progress(done * len(pieces) + nth + 1, len(blocks) * len(pieces))
         tally.finish()
     waiting.empty()
+
+
+def _hide_own(tile: Tensor, labels: MatchLabels, rows: IntArray, columns: IntArray) -> None:
+    """Make a tile's (r, c) pairs of one pid infinite: a match is not counted, the rest left out."""
+    tile[same_pid(labels.query_pids[rows], labels.gallery_pids[columns])] = torch.inf
 
 
 def _settle(distances: Distances, fences: _Fences, plan: Plan, unsettled: _Unsettled) -> None:
@@ -468,8 +471,7 @@ def _of_chunk(
         for piece in spans(len(labels.kept), plan.gallery):
             columns = labels.kept[piece]
             tile = chunk[torch.from_numpy(rows)[:, None], torch.from_numpy(columns)].float()
-            own = same_pid(labels.query_pids[start + rows], labels.gallery_pids[columns])
-            tile[own] = torch.inf
+            _hide_own(tile, labels, start + rows, columns)
             tally.add(tile, columns)
         tally.finish()
     waiting.empty()

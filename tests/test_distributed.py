@@ -708,31 +708,30 @@ def test_a_process_that_fails_ends_all_and_its_error_is_said_once(
     assert not processes_of(values)
 
 
+def errors_after(number: signal.Signals, values: Values) -> str:
+    """What a run of two says once its second process got a signal; all end within a minute."""
+    process = launch(2, values)
+    wait_for(process, f"epoch 1/{values['train.epochs']} step 2/")
+    os.kill(processes_of(values)["1"], number)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=90)
+    assert time.monotonic() - start < 60 and process.returncode == 1
+    assert not processes_of(values)
+    return errors
+
+
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_all(small: Values) -> None:
-    values = {**small, "train.epochs": 50}
-    process = launch(2, values)
-    wait_for(process, "epoch 1/50 step 2/")
-    os.kill(processes_of(values)["1"], signal.SIGKILL)
-    start = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - start < 60 and process.returncode == 1
+    errors = errors_after(signal.SIGKILL, {**small, "train.epochs": 50})
     assert "Signal 9 (SIGKILL)" in errors[errors.index("Root Cause") :]
-    assert not processes_of(values)
 
 
 @pytest.mark.slow
 def test_a_process_that_is_stopped_in_a_step_ends_all_within_a_minute(small: Values) -> None:
     values = {**small, "train.epochs": 10_000, "train.workers": 1}
-    process = launch(2, values)
-    wait_for(process, "epoch 1/10000 step 2/")
-    os.kill(processes_of(values)["1"], signal.SIGSTOP)
-    start = time.monotonic()
-    _, errors = process.communicate(timeout=90)
-    assert time.monotonic() - start < 60 and process.returncode == 1
+    errors = errors_after(signal.SIGSTOP, values)
     (line,) = [line for line in errors.splitlines() if line.startswith(("reidreg:", "reidreg fit"))]
     assert "rank 1 on " in line and "is stopped or hangs" in line
-    assert not processes_of(values)
 
 
 STOPPED = """
