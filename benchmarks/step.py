@@ -3,18 +3,21 @@
     python benchmarks/step.py                      # ResNet-50, batches of 32: some minutes
     python benchmarks/step.py --backbone resnet18 --size 128 64 --threads 1
 
-Both train the same network on the same drawn batch on the CPU, and their steps take turns in one
-process, so that a machine which changes its speed changes it for both; the fastest step of either
-counts. Floating-point operations are counted by torch on the model, and the floor is their number
-at the speed of a plain matrix product in the same arithmetic, which is measured in between.
+Both train the same network on the same drawn batch on the CPU. Each has a process of its own, since
+one of `reidreg fit` sees to its memory; both are there the whole time and take turns, so that a
+machine which changes its speed changes it for both, and the fastest step of either counts.
+Floating-point operations are counted by torch on the model, and the floor is their number at the
+speed of a plain matrix product in the same arithmetic, which is measured in between.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -22,8 +25,9 @@ from drawn import make_batch, make_run
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from reidreg import Batch, load_config
-from reidreg.run import Run, build_run
+from reidreg import Batch
+from reidreg.heap import keep_freed_memory
+from reidreg.run import Run
 from reidreg.training import train_step
 
 PRODUCT = 2048  # rows of the square matrices whose product is the floor's measure
@@ -31,33 +35,33 @@ PRODUCT = 2048  # rows of the square matrices whose product is the floor's measu
 
 def main() -> None:
     options = parse()
+    keep_freed_memory()  # as `reidreg fit` does
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(options, Path(folder), {"optimizer.lr": 3.5e-4})
+        reference = start_reference(options, folder)
     batch = make_batch(options, run)
     arithmetic = str(run.embedder.dtype).removeprefix("torch.")
     print(
         f"{options.backbone}, {options.size[0]} x {options.size[1]}, batches of {options.batch}; "
         f"{options.threads} threads, {arithmetic}, fastest of {options.repeats}"
     )
-    reference = Reference(run)
     product = Product(run)
     flops = count(run, batch)
-    works: dict[str, tuple[Callable[[], None], float, float]] = {
+    works: dict[str, tuple[Callable[[], float], float, float]] = {
         # what is measured, floating-point operations, images
-        "product": (product, 2.0 * PRODUCT**3, 0),
-        "reference step": (lambda: reference.step(batch), 3.0 * flops, options.batch),
-        "step": (lambda: train_step(run, batch), 3.0 * flops, options.batch),
-        "reference extraction": (lambda: reference.extract(batch), flops, options.batch),
-        "extraction": (lambda: extract(run, batch), flops, options.batch),
+        "product": (lambda: timed(product), 2.0 * PRODUCT**3, 0),
+        "reference step": (lambda: ask(reference, "step"), 3.0 * flops, options.batch),
+        "step": (lambda: timed(lambda: train_step(run, batch)), 3.0 * flops, options.batch),
+        "reference extraction": (lambda: ask(reference, "extract"), flops, options.batch),
+        "extraction": (lambda: timed(lambda: extract(run, batch)), flops, options.batch),
     }
     seconds = {name: float("inf") for name in works}
     for _ in range(options.repeats):
         for name, (work, _, _) in works.items():
             run.model.train("step" in name)
-            start = time.perf_counter()
-            work()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
+            seconds[name] = min(seconds[name], work())
+    reference.send("")
     speed = works["product"][1] / seconds["product"]
     print(f"a matrix product: {speed / 1e9:,.0f} GFLOP/s")
     print(f"{'work':<22}{'images/s':>10}{'GFLOP/image':>13}{'floor':>10}{'ratio':>8}")
@@ -68,6 +72,13 @@ def main() -> None:
                 f"{name:<22}{images / seconds[name]:>10.1f}{operations / images / 1e9:>13.1f}"
                 f"{images * speed / operations:>10.1f}{ratio:>8.2f}"
             )
+
+
+def timed(work: Callable[[], None]) -> float:
+    """The seconds that it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def parse() -> argparse.Namespace:
@@ -103,6 +114,37 @@ def extract(run: Run, batch: Batch) -> None:
     run.embedder.features(batch.images)
 
 
+# --------------------------------------------------------------------- the reference's process
+
+
+def start_reference(options: argparse.Namespace, folder: str) -> Connection:
+    """Start the other process, and wait until it is ready."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=serve, args=(theirs, options, folder), daemon=True).start()
+    theirs.close()
+    ours.recv()
+    return ours
+
+
+def ask(connection: Connection, work: str) -> float:
+    """The seconds that the other process takes for a step or an extraction."""
+    connection.send(work)
+    return float(connection.recv())
+
+
+def serve(connection: Connection, options: argparse.Namespace, folder: str) -> None:
+    """Work as the first process says, in the other one."""
+    torch.set_num_threads(options.threads)
+    plain = argparse.Namespace(**{**vars(options), "precision": "fp32"})
+    run = make_run(plain, Path(folder), {"optimizer.lr": 3.5e-4})
+    reference, batch = Reference(run), make_batch(options, run)
+    works = {"step": lambda: reference.step(batch), "extract": lambda: reference.extract(batch)}
+    connection.send("ready")
+    while work := connection.recv():
+        connection.send(timed(works[work]))
+
+
 class Reference:
     """The reference system's way, restated: what it computes, and how it goes about it.
 
@@ -111,10 +153,7 @@ class Reference:
     """
 
     def __init__(self, run: Run) -> None:
-        config = run.config.as_dict()
-        config["train"]["precision"] = "fp32"
-        other = build_run(load_config(config))
-        self.model = other.model.to(memory_format=torch.contiguous_format)
+        self.model = run.model.to(memory_format=torch.contiguous_format)
         self.classes = len(run.embedder.labels.pids)
         groups = [
             {"params": [parameter], "lr": 3.5e-4, "weight_decay": 5e-4}
