@@ -24,7 +24,7 @@ _HOMES = {
     "Embeddings": "values",
     "Evaluator": "interfaces",
     "FeatureExtractor": "extractor",
-    "GalleryIndex": "index",
+    "GalleryIndex": "index.gallery",
     "HEADS": "interfaces",
     "Head": "interfaces",
     "LOSSES": "interfaces",
@@ -131,7 +131,7 @@ if TYPE_CHECKING:
     from reidreg.expansion import expand_queries
     from reidreg.extractor import FeatureExtractor
     from reidreg.features import load_features, save_features
-    from reidreg.index import GalleryIndex
+    from reidreg.index.gallery import GalleryIndex
     from reidreg.interfaces import (
         BACKBONES,
         DATASETS,

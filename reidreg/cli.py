@@ -416,14 +416,14 @@ def extract_command(arguments: list[str]) -> int:
 
 def index_command(arguments: list[str]) -> int:
     """`reidreg index`."""
-    from reidreg.index_cli import index
+    from reidreg.index.cli import index
 
     return index(arguments)
 
 
 def search_command(arguments: list[str]) -> int:
     """`reidreg search`."""
-    from reidreg.index_cli import search
+    from reidreg.index.cli import search
 
     return search(arguments)
 

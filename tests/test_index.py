@@ -26,15 +26,15 @@ from reidreg import (
     load_config,
     ranked_lists,
 )
-from reidreg import index as index_module
-from reidreg.approximate import FEWEST, choose_type
 from reidreg.checkpoint import save_checkpoint
 from reidreg.cli import main
 from reidreg.errors import ConfigError, DataError
 from reidreg.features import save_features
-from reidreg.index import FeatureModel, Threshold, add_to_index, without_junk
-from reidreg.index_files import MANIFEST
-from reidreg.index_source import Source
+from reidreg.index import gallery as gallery_module
+from reidreg.index.approximate import FEWEST, choose_type
+from reidreg.index.files import MANIFEST
+from reidreg.index.gallery import FeatureModel, Threshold, add_to_index, without_junk
+from reidreg.index.source import Source
 from reidreg.locking import exclusive
 from reidreg.nearest import Vectors
 
@@ -226,7 +226,7 @@ def test_a_higher_recall_is_reached_by_searching_more(name: str, metric: str) ->
 def test_a_recall_out_of_reach_is_said(
     gallery: Embeddings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(index_module, "ladder", lambda index: [{"nprobe": 1}])
+    monkeypatch.setattr(gallery_module, "ladder", lambda index: [{"nprobe": 1}])
     index = GalleryIndex.build(gallery, index_type="ivf", recall=1.0)
     assert index.recall is not None and 0.5 < index.recall.reached < 1
     (line,) = caplog.messages
@@ -397,16 +397,14 @@ def test_a_write_that_ends_halfway_leaves_the_old_index(
 def test_a_reader_beside_a_writer_gets_the_old_or_the_new_index(
     gallery: Embeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reidreg import index_files
+    from reidreg.index import files
 
     GalleryIndex.build(gallery).save(tmp_path)
-    stale = index_files.read_manifest(tmp_path)
+    stale = files.read_manifest(tmp_path)
     add_to_index(tmp_path, clustered(10, seed=1))
     fresh = iter([stale])
-    real = index_files.read_manifest
-    monkeypatch.setattr(
-        index_files, "read_manifest", lambda folder: next(fresh, None) or real(folder)
-    )
+    real = files.read_manifest
+    monkeypatch.setattr(files, "read_manifest", lambda folder: next(fresh, None) or real(folder))
     assert len(GalleryIndex.load(tmp_path)) == 910
 
 
@@ -475,7 +473,7 @@ def test_a_damaged_manifest_is_one_line(on_disk: Path) -> None:
 
 @pytest.mark.parametrize("foreign", ["../vectors-000001.npy", "/etc/passwd"])
 def test_a_manifest_names_files_of_its_own_folder_only(foreign: str, on_disk: Path) -> None:
-    from reidreg.index_files import _digest
+    from reidreg.index.files import _digest
 
     manifest = json.loads((on_disk / MANIFEST).read_text())
     manifest["files"][foreign] = manifest["files"].pop("vectors-000001.npy")
@@ -487,7 +485,7 @@ def test_a_manifest_names_files_of_its_own_folder_only(foreign: str, on_disk: Pa
 
 
 def test_files_of_two_indexes_do_not_go_together(on_disk: Path, gallery: Embeddings) -> None:
-    from reidreg.index_files import _digest
+    from reidreg.index.files import _digest
 
     other = on_disk.parent / "other"
     GalleryIndex.build(part(gallery, slice(0, 800))).save(other)

@@ -15,7 +15,7 @@ from reidreg.config import Config
 from reidreg.errors import ConfigError, DataError
 from reidreg.evaluation import extract_checkpoint, folder_samples, restore_embedder
 from reidreg.features import load_features
-from reidreg.index import FeatureModel, GalleryIndex, Threshold
+from reidreg.index.gallery import FeatureModel, GalleryIndex, Threshold
 from reidreg.parsing import Layer, load_config
 from reidreg.values import Embeddings, Sample
 

@@ -16,8 +16,8 @@ from reidreg.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reidreg.index import FeatureModel, GalleryIndex
-    from reidreg.index_source import Source
+    from reidreg.index.gallery import FeatureModel, GalleryIndex
+    from reidreg.index.source import Source
     from reidreg.values import Embeddings
 
 _OVERRIDES = (
@@ -83,9 +83,9 @@ def _build(arguments: list[str]) -> int:
     _check_source(own, own.split)
     if own.ckpt is None and (own.images or own.split):
         raise ConfigError("--images and --split need the model: give --ckpt FILE")
-    from reidreg.index import GalleryIndex, without_junk
-    from reidreg.index_files import holds_index
-    from reidreg.index_source import Source
+    from reidreg.index.files import holds_index
+    from reidreg.index.gallery import GalleryIndex, without_junk
+    from reidreg.index.source import Source
     from reidreg.logs import ProgressBar, log_to_console
 
     if holds_index(Path(own.output)):
@@ -124,8 +124,8 @@ def _add(arguments: list[str]) -> int:
     own, overrides = parser.parse_with_overrides(arguments)
     _check_source(own)
     _refuse_overrides(own, overrides)
-    from reidreg.index import GalleryIndex, add_to_index, without_junk
-    from reidreg.index_source import Source
+    from reidreg.index.gallery import GalleryIndex, add_to_index, without_junk
+    from reidreg.index.source import Source
     from reidreg.logs import ProgressBar, log_to_console
 
     log_to_console()
@@ -147,7 +147,7 @@ def _info(arguments: list[str]) -> int:
     parser.add_argument("--index", required=True, metavar="DIR", help="the index")
     parser.add_argument("--json", action="store_true", help="as JSON")
     own = parser.parse(arguments)
-    from reidreg.index import GalleryIndex
+    from reidreg.index.gallery import GalleryIndex
 
     found = GalleryIndex.load(own.index)
     print(json.dumps(found.facts(), indent=2) if own.json else "\n".join(_described(found)))
@@ -221,7 +221,7 @@ def search(arguments: list[str]) -> int:
     parser.add_argument("--ckpt", metavar="FILE", help="the index's model, if it was moved")
     own, overrides = parser.parse_with_overrides(arguments)
     from reidreg.distances import check_at_least
-    from reidreg.index import GalleryIndex
+    from reidreg.index.gallery import GalleryIndex
 
     check_at_least("--top", own.top, 1)
     index = GalleryIndex.load(own.index)
@@ -255,7 +255,7 @@ def _threshold(index: GalleryIndex, wanted: str) -> float | None:
 
 def _queries(index: GalleryIndex, own: argparse.Namespace, overrides: list[str]) -> Embeddings:
     """The features of what is searched for."""
-    from reidreg.index_source import (
+    from reidreg.index.source import (
         Source,
         features_of_file,
         is_feature_file,
@@ -382,7 +382,7 @@ def _gallery(
     own: argparse.Namespace, source: Source | None, split: str | None = None
 ) -> Embeddings:
     """The items that the options name."""
-    from reidreg.index_source import features_of_file, samples_of, with_camid
+    from reidreg.index.source import features_of_file, samples_of, with_camid
 
     if source is None:
         return with_camid(features_of_file(own.features), own.camid)

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reidreg.approximate import (
+from reidreg.distances import Features, FloatArray, IntArray, Side, check_at_least
+from reidreg.errors import ConfigError, DataError
+from reidreg.index.approximate import (
     Report,
     Settings,
     add_candidates,
@@ -20,9 +22,7 @@ from reidreg.approximate import (
     choose_type,
     ladder,
 )
-from reidreg.distances import Features, FloatArray, IntArray, Side, check_at_least
-from reidreg.errors import ConfigError, DataError
-from reidreg.index_files import Contents, Items, read_contents, write_contents
+from reidreg.index.files import Contents, Items, read_contents, write_contents
 from reidreg.locking import exclusive
 from reidreg.logs import logger
 from reidreg.nearest import (

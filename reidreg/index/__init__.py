@@ -1,0 +1,1 @@
+"""A gallery on disk, and the search in it."""
