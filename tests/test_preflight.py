@@ -14,9 +14,10 @@ from conftest import small_run
 from reidreg import EVALUATORS, Embeddings, Evaluator, Sample, fit, load_checkpoint, load_config
 from reidreg import preflight as preflight_module
 from reidreg.errors import ConfigError, DataError, DeviceError
+from reidreg.generators import random_state
 from reidreg.optimizers import make_optimizer
 from reidreg.preflight import check_memory, handful, rehearse_evaluation, spread
-from reidreg.run import Run, build_run, random_state
+from reidreg.run import Run, build_run
 from reidreg.sizes import GIB
 from reidreg.trial import Trial, missing_state, undisturbed
 
