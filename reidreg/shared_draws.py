@@ -1,9 +1,9 @@
 """What a model draws at random, for the batch of all processes together.
 
 Dropout, stochastic depth and the like draw a number for each image, or for parts of it. Where
-several processes share a batch, each draws the numbers of the whole batch, from generators that are in the
-same state everywhere, and takes the rows of its share. So the same is dropped from an image whatever
-the number of processes, and nothing is exchanged.
+several processes share a batch, each draws the numbers of the whole batch, from generators that are
+in the same state everywhere, and takes the rows of its share. So the same is dropped from an image
+whatever the number of processes, and nothing is exchanged.
 
 Numbers are drawn by few of torch's operations, whatever function or layer asks for them, and torch
 marks those operations: that is where they are met here, by a TorchDispatchMode. It costs some
@@ -113,10 +113,10 @@ class WholeBatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        names = [argument.name for argument in func._schema.arguments]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if any(not given.get(name, True) for name in _SWITCHES):
-            return func(*args, **kwargs)
+        named = {argument.name: argument.default_value for argument in func._schema.arguments}
+        given = {**dict(zip(named, args, strict=False)), **kwargs}
+        if any((named | given).get(name) == 0 for name in _SWITCHES):
+            return func(**given)
         self._note()
         if func.overloadpacket.__name__ in _EVEN:
             return self._share(func, given)
@@ -136,15 +136,15 @@ class WholeBatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         dimension = self._dimension(shape)
         if dimension is None or 0 in shape:
             return func(**given)
-        rows = shape[dimension]
-        written = {argument.name for argument in func._schema.arguments if argument.is_write}
+        rows, last = shape[dimension], dimension - len(shape)  # counted from the last dimension
+        written = [argument.name for argument in func._schema.arguments if argument.is_write]
         whole = dict(given)
         for name, value in given.items():
             if name == "size":
                 whole[name] = [*shape[:dimension], rows * world().size, *shape[dimension + 1 :]]
             # What is broadcast along the batch is the same for all.
-            elif isinstance(value, Tensor) and value.shape[dimension - len(shape) :][:1] == (rows,):
-                whole[name] = _widened(value, dimension - len(shape), filled=name not in written)
+            elif isinstance(value, Tensor) and value.dim() >= -last and value.shape[last] == rows:
+                whole[name] = _widened(value, last, filled=name not in written)
         result = func(**whole)
         own = world().share(rows * world().size)
 
@@ -152,8 +152,7 @@ class WholeBatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return tensor.narrow(dimension, own.start, rows)
 
         for name in written:
-            given[name].copy_(cut(whole[name]))
-            return given[name]
+            return given[name].copy_(cut(whole[name]))
         return tree_map_only(Tensor, cut, result)
 
 

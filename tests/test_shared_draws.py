@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-from reidreg import distributed, fit, load_checkpoint, load_config
+from reidreg import Embeddings, distributed, fit, load_config
 from reidreg.distributed import joined, world
-from reidreg.generators import draw_alike, random_state
+from reidreg.generators import draw_alike, seed_everything
 from reidreg.shared_draws import SharedDraws, WholeBatch
 from reidreg.world import World
+from reidreg_plugins.backbones.timm import TimmBackbone
+from reidreg_plugins.evaluators.retrieval import Retrieval
 from test_distributed import WHOLE, Values, at_most_apart, killed_and_resumed
 from test_training import differing, lines_of
 from worlds import in_processes
@@ -97,7 +100,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     ),
     "dropout of a transposed": (lambda x: F.dropout(x.flatten(2).transpose(1, 2), 0.5), 0),
     "dropout of windows": (lambda x: F.dropout(windows(x), 0.5), 0),
-    "dropout, tokens first": (lambda x: F.dropout(x.flatten(2).permute(2, 0, 1), 0.5), 1),
+    "dropout, tokens first": (lambda x: F.dropout(tokens_first(x), 0.5), 1),
     "dropout in half": (lambda x: F.dropout(x.bfloat16(), 0.5), 0),
     "torch.dropout": (lambda x: torch.dropout(x, 0.5, True), 0),
     "dropout1d": (lambda x: F.dropout1d(x.flatten(2), 0.5), 0),
@@ -113,17 +116,21 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "attention with weights": (lambda x: attend("attention", six(x), True), 0),
     "attention without": (lambda x: attend("attention", six(x), False), 0),
     "attention, tokens first": (
-        lambda x: attend("attention, tokens first", six(x).transpose(0, 1), True),
+        lambda x: attend("attention, tokens first", tokens_first(x), True),
         1,
     ),
     "encoder": (lambda x: through("encoder", six(x)), 0),
     "encoder, tokens first": (
-        lambda x: through("encoder, tokens first", six(x).transpose(0, 1).contiguous()),
+        lambda x: through("encoder, tokens first", tokens_first(x).contiguous()),
         1,
     ),
     "bernoulli": (lambda x: torch.bernoulli(x - 1), 0),
     "bernoulli_ by a tensor": (lambda x: torch.empty_like(x).bernoulli_(x - 1), 0),
-    "bernoulli_ by channel": (lambda x: torch.empty_like(x).bernoulli_(x[0, :, :1, :1] - 1), 0),
+    "bernoulli_ by channel": (lambda x: torch.empty_like(x).bernoulli_(channels(x)), 0),
+    "bernoulli_ by as many channels": (
+        lambda x: x.new_empty(len(x), 5, 2, 2).bernoulli_(channels(x, 5)),
+        0,
+    ),
     "rand": (lambda x: torch.rand(len(x), 3, device=x.device), 0),
     "rand of one each": (lambda x: torch.rand(len(x), device=x.device), 0),
     "randn": (lambda x: torch.randn((len(x), 40), device=x.device), 0),
@@ -133,7 +140,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "uniform_": (lambda x: torch.empty_like(x).uniform_(2, 3), 0),
     "normal_": (lambda x: x.new_empty(len(x), 1, 1, 1).normal_(1, 2), 0),
     "normal around": (lambda x: torch.normal(x, 2.0), 0),
-    "normal by channel": (lambda x: torch.normal(x, x[0, :, :1, :1]), 0),
+    "normal by channel": (lambda x: torch.normal(x, channels(x)), 0),
     "random_": (lambda x: torch.empty_like(x).random_(0, 90), 0),
     "gumbel_softmax": (lambda x: F.gumbel_softmax(x), 0),
 }
@@ -142,6 +149,16 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 def six(x: Tensor) -> Tensor:
     """(B, 3, 8, 8) as (B, 32, 6) tokens."""
     return x.flatten(1).view(len(x), 32, 6)
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """(B, 3, 8, 8) as (31, B, 6): no number of images that a process has divides 31."""
+    return six(x).transpose(0, 1)[:31]
+
+
+def channels(x: Tensor, count: int = 3) -> Tensor:
+    """(C, 1, 1), the same whatever the images are."""
+    return torch.linspace(0.2, 0.9, count, device=x.device).view(count, 1, 1)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -164,7 +181,8 @@ def test_a_share_is_what_one_process_computes_for_it(name: str, size: int, devic
             mode.count = BATCH // size
             torch.manual_seed(3)
             found = function(x[own])
-        expected = whole.narrow(dimension, own.start, BATCH // size)
+        # A share may be of windows, so that there are several for each image.
+        expected = whole.chunk(size, dimension)[rank]
         # Products of matrices of another size may round otherwise.
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(found == 0, expected == 0)
@@ -327,3 +345,94 @@ def test_an_error_leaves_nothing_behind() -> None:
         model(torch.ones(4, 2))
     assert _get_current_dispatch_mode() is None
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# --------------------------------------------------------------------- whole runs
+
+VIT = {
+    **WHOLE,
+    "backbone.model": "test_vit",
+    "backbone.drop_path": 0.2,
+    "train.log_every": 1,
+    "train.epochs": 2,
+    "train.eval_every": 1,
+}
+DROPS = {"pos_drop_rate": 0.1, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1}
+
+
+def trained(values: Values, resume: str | None = None) -> set[str]:
+    """Train a transformer that drops whatever it can; gives what draws in it.
+
+    Loading weights and ranking draw too, which the first process does alone.
+    """
+    create, begin, evaluate = timm.create_model, SharedDraws.begin, Retrieval.evaluate
+    made: list[SharedDraws] = []
+
+    def noted(self: SharedDraws) -> None:
+        made.append(self)
+        begin(self)
+
+    def loaded(self: TimmBackbone) -> None:
+        torch.rand(3)
+
+    def evaluated(self: Retrieval, query: Embeddings, gallery: Embeddings) -> Values:
+        torch.rand(3)
+        return evaluate(self, query, gallery)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", functools.partial(create, **DROPS))
+        patch.setattr(SharedDraws, "begin", noted)
+        patch.setattr(TimmBackbone, "load_pretrained", loaded)
+        patch.setattr(Retrieval, "evaluate", evaluated)
+        fit(load_config("aihub_kaist", values), resume)
+    return {type(module).__name__ for module in made[-1].watched}
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_drop_what_one_drops(tiny: Values, tmp_path: Path, size: int) -> None:
+    values = {**tiny, **VIT}
+    trained({**values, "output_dir": str(tmp_path / "one")})
+    found = in_processes(size, trained, {**values, "output_dir": str(tmp_path / "all")})
+    assert all(kinds == {"Dropout", "DropPath", "Attention"} for kinds in found)
+    at_most_apart(lines_of(tmp_path / "all"), lines_of(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_drop_the_same(tiny: Values, tmp_path: Path) -> None:
+    values = {**tiny, **VIT, "train.epochs": 4, "train.eval_every": 2}
+    in_processes(2, trained, {**values, "output_dir": str(tmp_path / "whole")})
+    killed = {**values, "output_dir": str(tmp_path / "killed")}
+    killed_and_resumed(killed, 2, "epoch 3/4 step 3/", trained)
+    assert "at step 10" in (tmp_path / "killed/train.log").read_text()
+    paths = [tmp_path / name / "checkpoints/last.ckpt" for name in ("whole", "killed")]
+    assert not differing(*paths)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+def test_another_number_of_processes_goes_on_to_drop_the_same(
+    tiny: Values, tmp_path: Path, before: int, after: int
+) -> None:
+    values = {**tiny, **VIT}
+    trained({**values, "output_dir": str(tmp_path / "whole")})
+    cut = {**values, "output_dir": str(tmp_path / "cut")}
+    in_processes(before, trained, {**cut, "train.epochs": 1})
+    in_processes(after, trained, cut, "auto")
+    log = (tmp_path / "cut/train.log").read_text()
+    assert f"resumed by {after} processes, saved by {before}" in log
+    at_most_apart(lines_of(tmp_path / "cut"), lines_of(tmp_path / "whole"), rel=1e-5)
+
+
+# --------------------------------------------------------------------- generators
+
+
+def drawn_alike() -> list[Any]:
+    with joined(CPU, 20.0) as here:
+        seed_everything(here.rank)
+        draw_alike(CPU)
+        return [random.random(), np.random.rand(), torch.rand(()).item()]
+
+
+def test_all_draw_on_from_where_the_first_stands() -> None:
+    seed_everything(0)
+    expected = [random.random(), np.random.rand(), torch.rand(()).item()]
+    assert in_processes(2, drawn_alike) == [expected, expected]
