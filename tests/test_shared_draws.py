@@ -394,7 +394,7 @@ def test_several_processes_drop_what_one_drops(tiny: Values, tmp_path: Path, siz
     trained({**values, "output_dir": str(tmp_path / "one")})
     found = in_processes(size, trained, {**values, "output_dir": str(tmp_path / "all")})
     assert all(kinds == {"Dropout", "DropPath", "Attention"} for kinds in found)
-    at_most_apart(lines_of(tmp_path / "all"), lines_of(tmp_path / "one"), rel=1e-5)
+    at_most_apart(lines_of(tmp_path / "all"), lines_of(tmp_path / "one"), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -419,7 +419,7 @@ def test_another_number_of_processes_goes_on_to_drop_the_same(
     in_processes(after, trained, cut, "auto")
     log = (tmp_path / "cut/train.log").read_text()
     assert f"resumed by {after} processes, saved by {before}" in log
-    at_most_apart(lines_of(tmp_path / "cut"), lines_of(tmp_path / "whole"), rel=1e-5)
+    at_most_apart(lines_of(tmp_path / "cut"), lines_of(tmp_path / "whole"), rel=1e-4)
 
 
 # --------------------------------------------------------------------- generators
