@@ -39,7 +39,8 @@ _SWITCHES = {"dropout_p", "train", "training"}
 class SharedDraws:
     """Has the modules of a model draw for the batch of all processes, and take their share.
 
-    The modules that draw are found out in the first pass after `begin`, in which all are watched.
+    All modules are watched after `begin`, each until it has been called and drew nothing: one that
+    a pass leaves out may draw in a later one.
 
     Args:
         model: The model.
@@ -48,6 +49,7 @@ class SharedDraws:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._inside: list[nn.Module] = []
+        self._called: set[nn.Module] = set()
         self._drawing: set[nn.Module] = set()
         self._mode = WholeBatch(self._note)
         self.watched: list[nn.Module] = []
@@ -55,6 +57,8 @@ class SharedDraws:
     def begin(self) -> None:
         """Find out anew which modules draw; called whenever that may have changed."""
         self.watched = list(self._model.modules())
+        self._called.clear()
+        self._drawing.clear()
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
@@ -65,19 +69,19 @@ class SharedDraws:
         if world().size == 1:
             yield
             return
-        self._drawing.clear()
         with contextlib.ExitStack() as hooks:
             for module in self.watched:
                 hooks.enter_context(module.register_forward_pre_hook(self._enter))
                 hooks.enter_context(module.register_forward_hook(self._leave, always_call=True))
             yield
-        self.watched = [module for module in self.watched if module in self._drawing]
+        self.watched = [m for m in self.watched if m in self._drawing or m not in self._called]
 
     def expect(self, count: int) -> None:
         """Say how many images this process computes with; all processes have as many."""
         self._mode.count = count
 
     def _enter(self, module: nn.Module, arguments: Any) -> None:
+        self._called.add(module)
         self._inside.append(module)
         if len(self._inside) == 1:
             self._mode.__enter__()  # type: ignore[no-untyped-call]

@@ -328,9 +328,36 @@ def test_a_model_that_draws_nothing_is_left_alone_after_the_first_pass() -> None
         draws.begin()
         assert step() and draws.watched == [model[2]]
         assert not step() and draws.watched == [model[2]]
+        model[2].eval()
+        draws.begin()
+        assert step() and not draws.watched
     draws.begin()
     assert not step()  # one process
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_module_that_a_pass_leaves_out_is_watched_on() -> None:
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Dropout(0.5), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor, which: str) -> Tensor:
+            found: Tensor = getattr(self, which)(x)
+            return found
+
+    model = Skipping()
+    draws = SharedDraws(model)
+    draws.begin()
+    x = images("cpu", 40)
+    for which in ("one", "other", "one"):
+        torch.manual_seed(2)
+        whole = model(x, which)
+        torch.manual_seed(2)
+        with place(1, 2), draws.shared():
+            draws.expect(5)
+            assert torch.equal(model(x[5:], which), whole[5:])
+        assert draws.watched == [model.one, model.other]
 
 
 def test_an_error_leaves_nothing_behind() -> None:
