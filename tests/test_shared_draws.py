@@ -412,7 +412,7 @@ def trained(values: Values, resume: str | None = None) -> set[str]:
         patch.setattr(TimmBackbone, "load_pretrained", loaded)
         patch.setattr(Retrieval, "evaluate", evaluated)
         fit(load_config("aihub_kaist", values), resume)
-    return {type(module).__name__ for module in made[-1].watched}
+    return {type(module).__name__ for module in made[-1]._drawing}
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
