@@ -16,6 +16,7 @@ from reidreg.distributed import average_gradients, count_true, gather_output, ga
 from reidreg.model import Model
 from reidreg.objective import Objective
 from reidreg.phases import UNHEARD, Phases
+from reidreg.shared_draws import SharedDraws
 from reidreg.values import Batch
 
 Losses = tuple[Tensor, dict[str, Tensor], Tensor | None]
@@ -27,6 +28,9 @@ class Network:
     torch's DistributedDataParallel averages them while the backward pass still computes. It has to
     know beforehand whether some parameters get none, and to look for those in every step costs
     time: the first step, in which gradients are averaged afterwards, shows it.
+
+    What the model draws at random, it draws for the batch of all processes. A compiled model does
+    not: its operations are torch's own then.
 
     Args:
         model: The model, on its device, the same in every process.
@@ -46,6 +50,7 @@ class Network:
     ) -> None:
         called: Any = torch.compile(model) if compiled else model
         self._losses = ModelWithLosses(called, objective, dtype, gathered)
+        self._draws = None if compiled else SharedDraws(model)
         self._parallel: DistributedDataParallel | None = None
         self._trained: list[nn.Parameter] = []
 
@@ -54,10 +59,12 @@ class Network:
         self._losses.phases = phases
 
     def begin(self) -> None:
-        """Look at which parameters are trained; called whenever that may have changed."""
+        """Look at which parameters are trained, and what draws; both may have changed."""
         trained = [p for p in self._losses.parameters() if p.requires_grad]
         if list(map(id, trained)) != list(map(id, self._trained)):
             self._trained, self._parallel = trained, None
+        if self._draws is not None:
+            self._draws.begin()
 
     def __call__(self, batch: Batch) -> Losses:
         """Compute the weighted loss, every term without its weight, and the model's logits.
@@ -65,6 +72,8 @@ class Network:
         Args:
             batch: This process's share, on the device.
         """
+        if self._draws is not None:
+            self._draws.expect(len(batch.pids))
         losses: Losses = (self._parallel or self._losses)(batch.images, batch.pids, batch.camids)
         return losses
 
@@ -75,11 +84,12 @@ class Network:
         Args:
             now: Average the gradients that have come together; False adds them up here.
         """
-        if self._parallel is not None and not now:
-            with self._parallel.no_sync():
-                yield
-            return
-        yield
+        with contextlib.ExitStack() as stack:
+            if self._draws is not None:
+                stack.enter_context(self._draws.shared())
+            if self._parallel is not None and not now:
+                stack.enter_context(self._parallel.no_sync())
+            yield
         if self._parallel is None and now and world().size > 1 and self._trained:
             self._average_afterwards()
 

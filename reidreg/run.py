@@ -3,12 +3,10 @@ checkpoint."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -23,6 +21,7 @@ from reidreg.embedding import Embedder, make_embedder
 from reidreg.errors import CheckpointError, ConfigError, DataError
 from reidreg.evaluation import load_weights
 from reidreg.freezing import Freezer
+from reidreg.generators import random_state, seed_everything, seed_process, set_random_state
 from reidreg.guard import Guard
 from reidreg.interfaces import DATASETS, EVALUATORS, Dataset, Evaluator, Sampler
 from reidreg.logs import logger
@@ -179,8 +178,8 @@ def build_run(config: Config) -> Run:
         rank=world().rank,
         world_size=world().size,
     )
-    if not world().is_main:
-        seed_process(config.train.seed)  # all have the same weights, but not the same dropout
+    if config.train.compile and not world().is_main:
+        seed_process(config.train.seed)  # a compiled model draws for each process apart
     return Run(
         config=config,
         dataset=dataset,
@@ -207,24 +206,6 @@ def build_run(config: Config) -> Run:
         meter=Meter(),
         progress=Progress(),
     )
-
-
-def seed_everything(seed: int) -> None:
-    """Seed every generator that a part might draw from."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def seed_process(seed: int, step: int = 0) -> None:
-    """Have this process draw other numbers than all others, and than at any other step.
-
-    Args:
-        seed: Of the run.
-        step: Where the numbers begin.
-    """
-    own = np.random.SeedSequence((seed, world().rank, step)).generate_state(1)
-    seed_everything(int(own[0]))
 
 
 def check_parts(config: Config, objective: Objective) -> None:
@@ -407,21 +388,25 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def restore_own(run: Run, states: Sequence[Mapping[str, Any]]) -> None:
-    """Take over what each process holds for itself, if there were as many of them.
+    """Take over what each process holds for itself, or of another number of them the first one's.
 
     Args:
         run: The run.
         states: Their states by rank.
     """
     here = world()
-    if len(states) == here.size:
-        run.meter.load_state_dict(states[here.rank]["meter"])
-        set_random_state(states[here.rank]["random"])
+    as_many = len(states) == here.size
+    state = states[here.rank] if as_many else states[0]
+    set_random_state(state["random"])
+    alike = torch.equal(state["random"]["torch"], states[0]["random"]["torch"])
+    if run.config.train.compile and alike and not here.is_main:
+        seed_process(run.config.train.seed, run.progress.step)
+    if as_many:
+        run.meter.load_state_dict(state["meter"])
         return
-    seed_process(run.config.train.seed, run.progress.step)
     logger.info(
-        "resumed by %d processes, saved by %d: the batches stay the same, what the model draws at "
-        "random begins anew, and sums of a part of a batch may differ",
+        "resumed by %d processes, saved by %d: the batches stay the same, sums of a part of a "
+        "batch may differ",
         here.size,
         len(states),
     )
@@ -450,28 +435,3 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], key: str) -> 
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 # In the parameter's memory layout again: kernels walk both side by side.
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every global generator."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    state = {
-        "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Set every global generator; those of CUDA devices as far as they are here."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    for index, saved in enumerate(state.get("cuda", [])):
-        if index < torch.cuda.device_count():
-            torch.cuda.set_rng_state(saved, index)

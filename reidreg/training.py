@@ -32,6 +32,7 @@ from reidreg.distributed import (
 )
 from reidreg.errors import ConfigError, DataError, DeviceError, InterruptedRun
 from reidreg.evaluation import evaluate_dataset, load_weights, write_metrics
+from reidreg.generators import draw_alike
 from reidreg.logs import MetricsLog, ProgressBar, log_to_nobody, logger, start_wandb
 from reidreg.optimizers import set_learning_rate
 from reidreg.phases import DATA, UNHEARD, Phases
@@ -207,6 +208,8 @@ def train_epoch(
     run.model.train()
     run.freezer.begin(progress.epoch)
     run.network.begin()
+    if not run.config.train.compile:
+        draw_alike(run.embedder.device)
     steps = len(run.sampler)
     with ProgressBar(f"epoch {progress.epoch + 1}/{config.epochs}", steps) as bar:
         bar.report(progress.batch, steps)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reidreg.config import OptimizerConfig
+from reidreg.generators import random_state, set_random_state
 from reidreg.model import Model
 from reidreg.network import ModelWithLosses
 from reidreg.objective import Objective
 from reidreg.optimizers import make_optimizer
-from reidreg.run import random_state, set_random_state
+from reidreg.shared_draws import SharedDraws
 
 
 class Memory(Protocol):
@@ -69,8 +70,12 @@ class Trial:
         images = torch.randn(len(pids), 3, *self.size, device=self.device)
         images = images.contiguous(memory_format=torch.channels_last)
         losses = ModelWithLosses(self.model, self.objective, self.dtype, gathered=False)
-        loss, _, _ = losses(images, pids, torch.zeros_like(pids))
-        loss.backward()
+        draws = SharedDraws(self.model)  # masks of the whole batch take memory, too
+        draws.begin()
+        with draws.shared():
+            draws.expect(len(pids))
+            loss, _, _ = losses(images, pids, torch.zeros_like(pids))
+            loss.backward()
 
     def reckon(self, pids: Tensor, memory: Memory) -> int | None:
         """What `need` would be where a whole step cannot be made: a line through two smaller ones.

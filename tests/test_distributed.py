@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -564,17 +565,19 @@ def test_several_processes_make_the_run_that_one_makes(
     assert one.model.keys() == both.model.keys()
 
 
-def killed_and_resumed(values: Values, size: int, step: str) -> None:
+def killed_and_resumed(
+    values: Values, size: int, step: str, train: Callable[..., Any] = trained
+) -> None:
     """Kill all processes of a run once its log shows a step, and let others end it."""
     log = Path(values["output_dir"]) / "train.log"
-    with started(size, trained, values) as processes:
+    with started(size, train, values) as processes:
         deadline = time.monotonic() + 60
         while not (log.exists() and step in log.read_text()):
             assert time.monotonic() < deadline and all(p.is_alive() for p, _ in processes)
             time.sleep(0.01)
         for process, _ in processes:
             process.kill()
-    in_processes(size, trained, values, "auto")
+    in_processes(size, train, values, "auto")
 
 
 def test_a_killed_run_of_two_processes_goes_on_to_the_same_bits(

@@ -11,14 +11,26 @@ import pytest
 import torch
 
 from conftest import small_run
-from reidreg import EVALUATORS, Embeddings, Evaluator, Sample, fit, load_checkpoint, load_config
+from reidreg import (
+    EVALUATORS,
+    Embeddings,
+    Evaluator,
+    Sample,
+    distributed,
+    fit,
+    load_checkpoint,
+    load_config,
+    shared_draws,
+)
 from reidreg import preflight as preflight_module
 from reidreg.errors import ConfigError, DataError, DeviceError
+from reidreg.generators import random_state
 from reidreg.optimizers import make_optimizer
 from reidreg.preflight import check_memory, handful, rehearse_evaluation, spread
-from reidreg.run import Run, build_run, random_state
+from reidreg.run import Run, build_run
 from reidreg.sizes import GIB
 from reidreg.trial import Trial, missing_state, undisturbed
+from reidreg.world import World
 
 
 class FakeMemory:
@@ -163,6 +175,26 @@ def test_parts_of_a_batch_are_what_is_tried(run: Run, monkeypatch: pytest.Monkey
     monkeypatch.setattr(run, "config", config)
     check_memory(run, memory)
     assert memory.tried == [4]
+
+
+def test_masks_are_tried_as_large_as_several_processes_draw_them(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    widened = shared_draws._widened
+
+    def noted(own: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        whole = widened(own, *arguments, **options)
+        drawn.append((len(own), len(whole)))
+        return whole
+
+    monkeypatch.setattr(shared_draws, "_widened", noted)
+    monkeypatch.setattr(distributed, "_world", World(1, 2))
+    dropout = torch.nn.Dropout(0.5)
+    handle = run.model.backbone.register_forward_hook(lambda _, __, maps: dropout(maps))
+    check_memory(run, FakeMemory(available=100))
+    handle.remove()
+    assert drawn == [(8, 16)]
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "lamb", "lion", "adafactor"])
