@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from reidreg.cores import count_cores
+from reidreg.devices import current
 from reidreg.errors import RankError, ReidregError
 from reidreg.liveness import Identity, Neighbour, neighbours
 from reidreg.values import Output, Sample
@@ -65,7 +66,8 @@ def joined(device: torch.device, timeout: float) -> Iterator[World]:
     global _world, _host
     place = launched()
     if place.size == 1 or _world.size > 1:
-        yield _world
+        with current(device):
+            yield _world
         return
     over = threading.Event()
     watch: threading.Thread | None = None

@@ -316,8 +316,10 @@ def pretended_cuda() -> Iterator[Pretended]:
     @contextlib.contextmanager
     def on(stream: Stream) -> Iterator[None]:
         before, mode.stream = mode.stream, stream
-        yield
-        mode.stream = before
+        try:
+            yield
+        finally:
+            mode.stream = before
 
     stand_ins: dict[str, Any] = {
         "torch.cuda._lazy_init": lambda: None,
@@ -331,6 +333,7 @@ def pretended_cuda() -> Iterator[Pretended]:
         "torch.cuda.empty_cache": lambda: None,
         "torch.cuda.get_rng_state_all": lambda: [torch.get_rng_state()],
         "torch.cuda.set_rng_state": lambda state, device=None: None,
+        "torch.cuda.device": lambda device: contextlib.nullcontext(),
         "torch.cuda.Stream": Stream,
         "torch.cuda.Event": Event,
         "torch.cuda.stream": on,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import warnings
@@ -14,8 +15,9 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from conftest import small_run
-from pretended import MixedDevices, Pretended, Race, pretended_cuda
+from pretended import MixedDevices, Pretended, Race, Stream, pretended_cuda
 from reidreg import LOSSES, fit, load_checkpoint, load_config
+from reidreg.distributed import joined
 from reidreg.run import Run, build_run
 from reidreg.training import train_step
 from reidreg.values import Batch, Output
@@ -133,6 +135,35 @@ def test_a_run_on_a_device_trains_evaluates_saves_and_resumes(
     assert lines[-2]["train/peak_memory_gib"] == 1.0
     last = load_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
     assert last.epoch == 2 and last.training is not None and last.training["scaler"]
+
+
+def test_batches_of_all_epochs_are_made_on_one_stream(
+    aihub_root: Path, tmp_path: Path, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Stream] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(Stream()) or made[-1])
+    run = built(aihub_root, tmp_path, {}, device="cuda")
+    for epoch in range(3):
+        assert len(list(run.loader.epoch(epoch))) == len(run.sampler)
+    assert len(made) == 1
+
+
+def test_a_device_of_another_number_is_the_current_one_while_it_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places: list[torch.device | None] = [None]
+
+    @contextlib.contextmanager
+    def device(place: torch.device) -> Iterator[None]:
+        places.append(place)
+        yield
+        places.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with joined(torch.device("cuda", 1), timeout=5.0):
+        assert places[-1] == torch.device("cuda", 1)
+    with joined(torch.device("cpu"), timeout=5.0):
+        assert places == [None]
 
 
 # --------------------------------------------------------------------- what is seen is seen
