@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
+import itertools
 import json
 import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
 
+import reidreg
 from conftest import small_run
 from pretended import MixedDevices, Pretended, Race, Stream, pretended_cuda
-from reidreg import LOSSES, fit, load_checkpoint, load_config
+from reidreg import LOSSES, device_memory, fit, load_checkpoint, load_config
+from reidreg.batch_size import with_batch_size
+from reidreg.device_memory import Holder, describe_shortage
+from reidreg.devices import choose_precision
 from reidreg.distributed import joined
+from reidreg.errors import DeviceError
+from reidreg.profiling import WARM_UP, Profile, Stopwatch
 from reidreg.run import Run, build_run
+from reidreg.synchronised import synchronise_batchnorm
 from reidreg.training import train_step
 from reidreg.values import Batch, Output
 
@@ -243,3 +255,158 @@ def test_a_loss_that_looks_at_a_value_is_noticed(
     pretended.waits.clear()
     train_step(run, next(batches))
     assert pretended.waits == ["_local_scalar_dense"]
+
+
+# --------------------------------------------------------------------- what torch says of a device
+
+
+def test_what_is_called_of_torch_cuda_is_there_and_takes_these_arguments() -> None:
+    calls = 0
+    for path in sorted(Path(reidreg.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            if name.startswith("torch.cuda."):
+                function = getattr(torch.cuda, name.removeprefix("torch.cuda."))
+                named = {keyword.arg: None for keyword in node.keywords if keyword.arg}
+                inspect.signature(function).bind(*node.args, **named)
+                calls += 1
+    assert calls > 20
+    # What is read of devices, streams and events, whose types are not Python's.
+    for kind, names in {
+        torch._C._CudaDeviceProperties: ["uuid"],
+        torch.cuda.Stream: ["record_event", "wait_event"],
+        torch.cuda.Event: ["record", "elapsed_time"],
+        torch.Tensor: ["record_stream", "pin_memory"],
+    }.items():
+        assert all(hasattr(kind, name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        ((6, 1), torch.float32),  # GTX 1080
+        ((7, 0), torch.float16),  # V100
+        ((7, 5), torch.float16),  # T4
+        ((8, 0), torch.bfloat16),  # A100
+        ((12, 0), torch.bfloat16),  # RTX 5090
+    ],
+)
+def test_a_cards_own_precision_is_chosen(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda")
+    assert choose_precision("auto", device) == dtype
+    assert choose_precision("fp32", device) == torch.float32
+
+
+def test_a_shortage_is_said_by_what_the_driver_and_torch_tell(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(uuid="12-34")
+    asked: list[str] = []
+
+    def holders(uuid: str) -> list[Holder]:
+        asked.append(uuid)
+        return [Holder(2**22 + 1, "small", 2**20), Holder(2**22 + 2, "large", 2**33)]
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(device_memory, "_ask_nvidia_smi", holders)
+    line = describe_shortage(torch.device("cuda"), need=2**35)
+    assert asked == ["GPU-12-34"]
+    assert line.startswith(
+        "cuda is out of memory: a step needs 32.0 GiB, 8.0 GiB of 16.0 GiB are free; "
+        "pid 4194306 large holds 8.0 GiB, pid 4194305 small holds 1.0 MiB; "
+    )
+    assert "this run used 1.0 GiB" in describe_shortage(torch.device("cuda"))
+
+
+def test_a_step_that_does_not_fit_is_refused_before_the_first_one(
+    aihub_root: Path, tmp_path: Path, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_memory, "holders", lambda device: [])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**34)
+    values = small_run(aihub_root, tmp_path / "run")
+    values["train"]["device"] = "cuda"
+    with pytest.raises(DeviceError, match="cuda is out of memory: a step needs 16.0 GiB"):
+        fit(load_config("aihub_kaist", values))
+
+
+def test_a_batch_size_is_searched_on_the_device(
+    aihub_root: Path, tmp_path: Path, pretended: Pretended
+) -> None:
+    values = small_run(aihub_root, tmp_path / "run")
+    values["sampler"] = {"batch_size": "auto", "instances": 2}
+    values["train"]["device"] = "cuda"
+    config = with_batch_size(load_config("aihub_kaist", values))
+    assert config.sampler.options["batch_size"] == 12  # all that the data have
+
+
+def test_phases_on_a_device_are_timed_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()  # of the device: it comes to an event when all before it is done
+    queued: list[Any] = []
+
+    class Timed:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.at: float | None = None
+
+        def record(self) -> None:
+            queued.append(self)
+
+        def elapsed_time(self, end: Timed) -> float:
+            assert self.at is not None and end.at is not None
+            return end.at - self.at
+
+    def synchronize() -> None:
+        for event in queued:
+            event.at = next(clock)
+
+    monkeypatch.setattr(torch.cuda, "Event", Timed)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    stopwatch = Stopwatch(torch.device("cuda"))
+    for _ in range(2):
+        stopwatch.begin("data")
+        stopwatch.begin("forward")
+        stopwatch.begin("other")
+        stopwatch.end_step()
+    assert stopwatch.milliseconds() == {"data": 2, "forward": 2, "other": 2}
+
+
+def test_a_profile_of_a_device_is_written_and_says_how_long_copies_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "reidreg")
+    CPU, CUDA = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
+    record = torch.profiler.profile
+
+    def without_a_device(activities: list[Any]) -> Any:
+        assert activities == [CPU, CUDA]
+        return record(activities=[CPU])
+
+    monkeypatch.setattr(torch.profiler, "profile", without_a_device)
+    profile = Profile(2, tmp_path, torch.device("cpu"))
+    profile._cuda = True
+    for _ in range(WARM_UP + 4):
+        profile.begin("forward")
+        torch.ones(2) + 1
+        profile.end_step()
+    profile.close()
+    assert "host to device: 0.00 ms a step, while other phases run" in caplog.messages
+    assert "aten::add" in (tmp_path / "operators.txt").read_text()
+
+
+def test_batch_normalisation_for_devices_keeps_its_parameters_and_names(
+    aihub_root: Path, tmp_path: Path
+) -> None:
+    model = built(aihub_root, tmp_path, {}).model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    synchronise_batchnorm(model, torch.device("cuda"))
+    norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
+    assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert not model.get_parameter("head.neck.bias").requires_grad
