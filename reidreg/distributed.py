@@ -237,7 +237,9 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for parameter, mean in zip(
         parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True
     ):
-        parameter.grad = mean.view_as(parameter)
+        # In the parameter's memory layout: fused optimizers walk both side by side, and on a GPU
+        # refuse to where they differ.
+        parameter.grad = torch.empty_like(parameter).copy_(mean.view_as(parameter))
 
 
 def count_true(flags: Sequence[bool]) -> list[int]:
