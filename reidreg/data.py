@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -174,8 +175,18 @@ class TrainLoader:
         self._plan.sampler.set_epoch(epoch)
         self._plan.start = start
         if self._device.type == "cuda":
-            return _one_ahead(self._batches(epoch, start, UNHEARD), self._device)
+            return _one_ahead(self._batches(epoch, start, UNHEARD), self._stream, self._device)
         return self._batches(epoch, start, phases)
+
+    @functools.cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """Where batches are made on a CUDA device.
+
+        One for all epochs: torch keeps freed memory for the stream that it was used on, and with
+        another stream for each epoch would soon keep that of 32.
+        """
+        stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return stream
 
     def _batches(self, epoch: int, start: int, phases: Phases) -> Iterator[Batch]:
         pixels = zip(self._pixels(), self._plan, strict=True)
@@ -221,12 +232,13 @@ class _Plan(TorchSampler[list[int]]):
         return len(self.sampler) - self.start
 
 
-def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def _one_ahead(
+    batches: Iterator[Batch], stream: torch.cuda.Stream, device: torch.device
+) -> Iterator[Batch]:
     """Batches that are brought to a CUDA device while the step before still computes.
 
     Copies and augmentation go to a stream of their own; the host waits for neither.
     """
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     waiting: tuple[Batch, torch.cuda.Event] | None = None
     while True:
         with torch.cuda.stream(stream):

@@ -63,6 +63,15 @@ def _own_device(name: str, place: World) -> str:
     return f"cuda:{place.local_rank}"
 
 
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a CUDA device is the one that torch means where none is named.
+
+    Events and pinned memory belong to that one, and without it to the first device, of which they
+    would take memory too.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """The data type of `train.precision` on a device.
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from reidreg.cores import count_cores
+from reidreg.devices import current
 from reidreg.errors import RankError, ReidregError
 from reidreg.liveness import Identity, Neighbour, neighbours
 from reidreg.values import Output, Sample
@@ -65,7 +66,8 @@ def joined(device: torch.device, timeout: float) -> Iterator[World]:
     global _world, _host
     place = launched()
     if place.size == 1 or _world.size > 1:
-        yield _world
+        with current(device):
+            yield _world
         return
     over = threading.Event()
     watch: threading.Thread | None = None
@@ -235,7 +237,9 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for parameter, mean in zip(
         parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True
     ):
-        parameter.grad = mean.view_as(parameter)
+        # In the parameter's memory layout: fused optimizers walk both side by side, and on a GPU
+        # refuse to where they differ.
+        parameter.grad = torch.empty_like(parameter).copy_(mean.view_as(parameter))
 
 
 def count_true(flags: Sequence[bool]) -> list[int]:

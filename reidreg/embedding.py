@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reidreg.config import Config, InputConfig
 from reidreg.data import Labels, count_workers, eval_loader, loading_processes
-from reidreg.devices import autocast, choose_device, choose_precision
+from reidreg.devices import autocast, choose_device, choose_precision, current
 from reidreg.distributed import collect_rows, world
 from reidreg.errors import DataError
 from reidreg.logs import ProgressBar
@@ -76,7 +76,7 @@ class Embedder:
             workers=self.workers,
             pin=self.device.type == "cuda",
         )
-        with loading_processes(), ProgressBar(what, len(samples)) as bar:
+        with loading_processes(), current(self.device), ProgressBar(what, len(samples)) as bar:
             for images in batches:
                 span = slice(done, done + len(images))
                 found = self.features(images, camids[span])

@@ -89,20 +89,41 @@ def make_optimizer(
     if config.betas is not None:
         options["betas"] = tuple(config.betas)
     groups = parameter_groups(config, parameters, scales or {})
-    try:
-        # One pass over the memory instead of ten, on the CPU too.
-        optimizer: Optimizer = cls(groups, **options, **_on("fused", accepted))
-    except RuntimeError:  # not for this device
-        optimizer = cls(groups, **options, **_on("foreach", accepted))
+    # One pass over the memory instead of ten, on the CPU too. Besides, where losses are scaled, a
+    # fused kernel looks on the device whether to leave a step out; for others the host has to wait.
+    if "fused" in accepted and groups and _runs_fused(cls, groups[0]["params"][0].device):
+        options["fused"] = True
+    elif "foreach" in accepted:
+        options["foreach"] = True
+    optimizer: Optimizer = cls(groups, **options)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    if isinstance(optimizer, torch.optim.SGD) and momentum:
+        _begin_momentum(optimizer)
     return optimizer
 
 
-def _on(kernel: str, accepted: Mapping[str, Any]) -> dict[str, Any]:
-    """The option for the fastest kernel: this one, else `foreach`, where the optimizer has it."""
-    known = [name for name in (kernel, "foreach") if name in accepted]
-    return {known[0]: True} if known else {}
+def _runs_fused(cls: type[Optimizer], device: torch.device) -> bool:
+    """Whether an optimizer has a fused kernel for a device; some say so only when they step."""
+    parameter = nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    options: dict[str, Any] = {"lr": 1.0, "fused": True}
+    try:
+        cls([parameter], **options).step()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _begin_momentum(optimizer: torch.optim.SGD) -> None:
+    """Let momentum begin at zero, from which a first step makes it the gradient.
+
+    torch makes it in the first step; but its fused kernel leaves it as the memory was where a
+    scaler leaves that step out, and fails when a parameter gets its first gradient after others.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def parameter_groups(

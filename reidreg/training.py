@@ -239,7 +239,11 @@ def train_epoch(
 
 
 def train_step(run: Run, batch: Batch, phases: Phases = UNHEARD) -> None:
-    """Make a step with a batch, which is on the device; nothing here waits for the device."""
+    """Make a step with a batch, which is on the device.
+
+    Nothing here waits for the device, but a scaler whose optimizer has no fused kernel, and some of
+    timm's optimizers.
+    """
     parts = run.config.train.accumulate
     run.optimizer.zero_grad()
     run.objective.zero_grad()

@@ -56,6 +56,18 @@ def market_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
+def cuda(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A CUDA device: one that is pretended, and where tests marked `gpu` run a real one, too."""
+    if request.param == "real":
+        yield "cuda"
+        return
+    from pretended import pretended_cuda
+
+    with pretended_cuda():
+        yield "cuda"
+
+
 @pytest.fixture
 def tiny(aihub_root: Path, tmp_path: Path) -> dict[str, Any]:
     """What makes `configs/aihub_kaist.yaml` a matter of seconds."""

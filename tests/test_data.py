@@ -174,10 +174,9 @@ def test_ranks_see_the_views_of_one_process(cache: CacheSetting, samples: list[S
         assert torch.equal(batch.pids, torch.cat([first.pids, second.pids]))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("cache", ["none", "memory"])
 def test_batches_on_a_cuda_device_are_those_of_the_cpu(
-    cache: CacheSetting, samples: list[Sample]
+    cache: CacheSetting, samples: list[Sample], cuda: str
 ) -> None:
     config = InputConfig(size=(32, 16), padding=2)
     loader = TrainLoader(
@@ -186,7 +185,7 @@ def test_batches_on_a_cuda_device_are_those_of_the_cpu(
         sampler_of(samples),
         Augmentation(config, Normalisation(MEAN, STD)),
         seed=0,
-        device=torch.device("cuda"),
+        device=torch.device(cuda),
         workers=2,
         cache=cache,
     )

@@ -199,6 +199,30 @@ def test_a_process_alone_is_given_back_what_it_gave() -> None:
     assert torch.equal(parameter.grad, torch.ones(2))
 
 
+def stepped_once() -> tuple[Tensor, Tensor]:
+    """A filter in channels_last after a step with averaged gradients, and after one with the mean.
+
+    Each process has a gradient of its own.
+    """
+    with joined(CPU, 20.0) as place:
+        gradients = torch.randn(2, 4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+        moved = []
+        for gradient, averaged in ((gradients[place.rank], True), (gradients.mean(0), False)):
+            parameter = nn.Parameter(torch.zeros(4, 3, 3, 3).to(memory_format=torch.channels_last))
+            parameter.grad = gradient.contiguous(memory_format=torch.channels_last)
+            if averaged:
+                average_gradients([parameter])
+                assert parameter.grad.stride() == parameter.stride()
+            torch.optim.SGD([parameter], lr=1.0, fused=True).step()
+            moved.append(parameter.detach())
+        return moved[0], moved[1]
+
+
+def test_averaged_gradients_lie_in_memory_as_their_parameters_do() -> None:
+    for found, expected in in_processes(2, stepped_once):
+        assert torch.allclose(found, expected)
+
+
 def collect(count: int) -> Tensor:
     everything = torch.arange(count * 3.0).view(count, 3)
     with joined(CPU, 20.0) as place:

@@ -226,10 +226,9 @@ def test_bad_features_are_one_line():
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.gpu
-def test_a_gpu_moves_queries_alike():
+def test_a_gpu_moves_queries_alike(cuda):
     query, gallery = sides()
-    moved = [replace(side, features=side.features.cuda()) for side in (query, gallery)]
+    moved = [replace(side, features=side.features.to(cuda)) for side in (query, gallery)]
     found = expand_queries(*moved, k=4).features
     assert found.is_cuda
     expected = expand_queries(query, gallery, k=4).features

@@ -168,8 +168,7 @@ def test_the_bound_on_float32_sums_holds_and_is_no_wild_guess(dim):
     assert sum_error(dim) < 2 * (dim + 16) * 2.0**-24
 
 
-@pytest.mark.gpu
-def test_features_on_a_gpu_give_the_same_lists():
+def test_features_on_a_gpu_give_the_same_lists(cuda):
     query, gallery = vectors(5), vectors(300, seed=1)
-    moved = torch.as_tensor(query).cuda(), torch.as_tensor(gallery).cuda()
+    moved = torch.as_tensor(query).to(cuda), torch.as_tensor(gallery).to(cuda)
     assert listed(*moved, 9) == sorted_exactly(query, gallery, 9, "cosine")

@@ -190,6 +190,48 @@ def test_every_optimizer_of_torch_and_some_of_timm_lower_a_loss(name: str) -> No
     assert parameter.detach().square().sum() < 14.25
 
 
+def test_a_first_step_that_a_scaler_leaves_out_leaves_no_trace_in_the_momentum() -> None:
+    parameter = nn.Parameter(torch.ones(1000))
+    optimizer = make_optimizer(OptimizerConfig(name="sgd", lr=0.1), [("weight", parameter)])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    for weight, scale in ((2.0**100, 1.0), (1.0, 1.0)):
+        optimizer.zero_grad()
+        ballast = [torch.full((1000,), 1e30) for _ in range(100)]
+        del ballast  # what memory may hold that nobody cleared
+        scaler.scale(weight * parameter.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update(scale)
+    # The gradient of the only step that was made, with its decay.
+    assert torch.allclose(parameter.detach(), torch.full((1000,), 1 - 0.1 * (1 + 5e-4)))
+
+
+def test_a_parameter_that_is_freed_later_is_trained_with_momentum_from_then_on() -> None:
+    first, second = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    config = OptimizerConfig(name="sgd", lr=0.1, weight_decay=0.0)
+    optimizer = make_optimizer(config, [("first", first), ("second", second)])
+    for step in range(3):
+        first.grad = torch.ones(3)
+        second.grad = torch.ones(3) if step else None
+        optimizer.step()
+    assert torch.allclose(first.detach(), torch.full((3,), -0.1 * (1 + 1.9 + 2.71)))
+    assert torch.allclose(second.detach(), torch.full((3,), -0.1 * (1 + 1.9)))
+
+
+def test_where_a_fused_kernel_fails_at_its_first_step_the_other_one_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*tensors: Any, **options: Any) -> None:
+        raise RuntimeError("`fused=True` requires all the params to be of another device")
+
+    monkeypatch.setattr(torch, "_fused_adagrad_", refuse)
+    config = OptimizerConfig(name="adagrad", weight_decay=0.0)
+    (group,) = make_optimizer(config, small_net().named_parameters()).param_groups
+    assert group["foreach"] and not group["fused"]
+    config = OptimizerConfig(name="adam")
+    (group,) = make_optimizer(config, small_net().named_parameters()).param_groups
+    assert group["fused"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -683,10 +683,9 @@ def test_progress_ends_at_all_tiles():
     assert len(seen) > 1
 
 
-@pytest.mark.gpu
-def test_a_gpu_gives_the_same_positions():
+def test_a_gpu_gives_the_same_positions(cuda):
     query, gallery = random_sides()
-    moved = [replace(side, features=side.features.cuda()) for side in (query, gallery)]
+    moved = [replace(side, features=side.features.to(cuda)) for side in (query, gallery)]
     expected = match_positions(query, gallery).positions.tolist()
     assert match_positions(*moved).positions.tolist() == expected
     assert match_positions(moved[0], gallery).positions.tolist() == expected

@@ -122,13 +122,12 @@ def test_other_number_types_are_computed_in_float32(dtype):
     assert torch.equal(found, wide)
 
 
-@pytest.mark.gpu
-def test_features_on_a_gpu_give_the_same_rows():
+def test_features_on_a_gpu_give_the_same_rows(cuda):
     sides = [torch.from_numpy(side) for side in clustered(10, 60)[0]]
     for metric in ("cosine", "euclidean"):
         here, there = (
             torch.cat([rows for _, rows in rerank_rows(*on, metric=metric)])
-            for on in (sides, [side.cuda() for side in sides])
+            for on in (sides, [side.to(cuda) for side in sides])
         )
         assert there.numpy() == pytest.approx(here.numpy(), abs=1e-6)
 

@@ -507,9 +507,13 @@ def test_averaged_weights_are_evaluated_kept_and_follow_the_formula(tiny: Values
     assert not torch.equal(saved.model[key], saved.training["model"][key])
 
 
-def test_frozen_parameters_rest_for_their_epochs_and_are_then_trained(tiny: Values) -> None:
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_frozen_parameters_rest_for_their_epochs_and_are_then_trained(
+    optimizer: str, tiny: Values
+) -> None:
     config = configure(
         tiny,
+        optimizer__name=optimizer,
         train__epochs=3,
         train__checkpoint_every=1,
         train__freeze=["^backbone"],

@@ -285,10 +285,9 @@ def test_settings_for_training_change_nothing():
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.gpu
-def test_a_gpu_counts_the_same():
+def test_a_gpu_counts_the_same(cuda):
     sides = random_sides(dim=512)
-    moved = [replace(side, features=side.features.cuda()) for side in sides]
+    moved = [replace(side, features=side.features.to(cuda)) for side in sides]
     assert_as_near(count_pairs(*sides), count_pairs(*moved))
 
 

@@ -34,4 +34,5 @@ class Center(Loss):
         return difference.square().sum(dim=1).clamp(1e-12, 1e12).mean()
 
     def make_optimizer(self) -> Optimizer:
-        return SGD(self.parameters(), lr=self.lr)
+        # With fp16 the host would wait in every step for whether one that is not fused steps.
+        return SGD(self.parameters(), lr=self.lr, fused=True)
