@@ -27,6 +27,7 @@ from drawn import make_batch, make_run
 
 from reidreg import Batch
 from reidreg.distributed import joined, wait
+from reidreg.heap import keep_freed_memory
 from reidreg.run import Run
 from reidreg.training import train_step
 
@@ -35,6 +36,7 @@ CPU = torch.device("cpu")
 
 def main() -> None:
     options = parse()
+    keep_freed_memory()  # as `reidreg fit` does
     share = options.threads // options.processes
     with tempfile.TemporaryDirectory() as folder:
         alone = make_ready(options, Path(folder))
@@ -152,6 +154,7 @@ def work(
     os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="localhost")
     share = options.threads // options.processes
     torch.set_num_threads(share)
+    keep_freed_memory()
     with joined(CPU, 600.0):
         run = make_ready(options, Path(folder))
         batch = make_batch(options, run)
