@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from reidreg import Batch, load_config, load_plugins
-from reidreg.distributed import world
+from reidreg.processes.distributed import world
 from reidreg.run import Run, build_run
 
 PEOPLE = 64

@@ -26,8 +26,8 @@ import torch
 from drawn import make_batch, make_run
 
 from reidreg import Batch
-from reidreg.distributed import joined, wait
 from reidreg.heap import keep_freed_memory
+from reidreg.processes.distributed import joined, wait
 from reidreg.run import Run
 from reidreg.training import train_step
 

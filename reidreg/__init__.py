@@ -29,7 +29,7 @@ _HOMES = {
     "Head": "interfaces",
     "LOSSES": "interfaces",
     "Loss": "interfaces",
-    "MatchPositions": "ranking",
+    "MatchPositions": "retrieval.ranking",
     "Output": "values",
     "ProgressBar": "logs",
     "Registry": "registry",
@@ -37,32 +37,32 @@ _HOMES = {
     "SAMPLERS": "interfaces",
     "Sample": "values",
     "Sampler": "interfaces",
-    "average_precisions": "metrics",
-    "bootstrap_intervals": "bootstrap",
-    "camera_pairs": "cameras",
-    "check_impostors": "verification",
-    "check_matchable": "matching",
-    "clipping_note": "reranking",
+    "average_precisions": "retrieval.metrics",
+    "bootstrap_intervals": "retrieval.bootstrap",
+    "camera_pairs": "retrieval.cameras",
+    "check_impostors": "retrieval.verification",
+    "check_matchable": "retrieval.matching",
+    "clipping_note": "retrieval.reranking",
     "evaluate": "evaluation",
     "evaluate_checkpoint": "evaluation",
     "evaluate_features": "evaluation",
-    "expand_queries": "expansion",
+    "expand_queries": "retrieval.expansion",
     "extract": "evaluation",
     "fit": "training",
     "load_checkpoint": "checkpoint",
     "load_config": "parsing",
     "load_features": "features",
     "load_plugins": "plugins",
-    "match_positions": "ranking",
-    "match_positions_of_rows": "ranking",
-    "ranked_lists": "neighbours",
-    "rerank_rows": "reranking",
-    "retrieval_figures": "metrics",
+    "match_positions": "retrieval.ranking",
+    "match_positions_of_rows": "retrieval.ranking",
+    "ranked_lists": "retrieval.neighbours",
+    "rerank_rows": "retrieval.reranking",
+    "retrieval_figures": "retrieval.metrics",
     "save_features": "features",
-    "single_shot_positions": "singleshot",
-    "single_shot_positions_of_rows": "singleshot",
+    "single_shot_positions": "retrieval.singleshot",
+    "single_shot_positions_of_rows": "retrieval.singleshot",
     "synthesize": "synthesis",
-    "verification_figures": "verification",
+    "verification_figures": "retrieval.verification",
     "write_report": "report",
 }
 
@@ -122,13 +122,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from reidreg.bootstrap import bootstrap_intervals
-    from reidreg.cameras import camera_pairs
     from reidreg.checkpoint import Checkpoint, load_checkpoint
     from reidreg.config import Config
     from reidreg.errors import DataError, ReidregError
     from reidreg.evaluation import evaluate, evaluate_checkpoint, evaluate_features, extract
-    from reidreg.expansion import expand_queries
     from reidreg.extractor import FeatureExtractor
     from reidreg.features import load_features, save_features
     from reidreg.index.gallery import GalleryIndex
@@ -147,20 +144,23 @@ if TYPE_CHECKING:
         Sampler,
     )
     from reidreg.logs import ProgressBar
-    from reidreg.matching import check_matchable
-    from reidreg.metrics import average_precisions, retrieval_figures
-    from reidreg.neighbours import ranked_lists
     from reidreg.parsing import load_config
     from reidreg.plugins import load_plugins
-    from reidreg.ranking import MatchPositions, match_positions, match_positions_of_rows
     from reidreg.registry import Registry
     from reidreg.report import write_report
-    from reidreg.reranking import clipping_note, rerank_rows
-    from reidreg.singleshot import single_shot_positions, single_shot_positions_of_rows
+    from reidreg.retrieval.bootstrap import bootstrap_intervals
+    from reidreg.retrieval.cameras import camera_pairs
+    from reidreg.retrieval.expansion import expand_queries
+    from reidreg.retrieval.matching import check_matchable
+    from reidreg.retrieval.metrics import average_precisions, retrieval_figures
+    from reidreg.retrieval.neighbours import ranked_lists
+    from reidreg.retrieval.ranking import MatchPositions, match_positions, match_positions_of_rows
+    from reidreg.retrieval.reranking import clipping_note, rerank_rows
+    from reidreg.retrieval.singleshot import single_shot_positions, single_shot_positions_of_rows
+    from reidreg.retrieval.verification import check_impostors, verification_figures
     from reidreg.synthesis import synthesize
     from reidreg.training import fit
     from reidreg.values import Batch, Embeddings, Output, Sample
-    from reidreg.verification import check_impostors, verification_figures
 
 
 def __getattr__(name: str) -> Any:

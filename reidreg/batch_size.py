@@ -12,10 +12,10 @@ from reidreg.config import Config
 from reidreg.data import labels_of
 from reidreg.device_memory import describe_shortage, memory_of
 from reidreg.devices import choose_device
-from reidreg.distributed import gather, world
 from reidreg.errors import ConfigError, DataError, DeviceError, ReidregError
 from reidreg.interfaces import SAMPLERS
 from reidreg.logs import logger
+from reidreg.processes.distributed import gather, world
 from reidreg.run import build_learner, read_training_set
 from reidreg.schema import AUTO, options_of
 from reidreg.sizes import size_in_text

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from reidreg.checkpoint import digest_of
-from reidreg.distributed import broadcast, world
 from reidreg.embedding import Embedder, embeddings_of
 from reidreg.files import PRIVATE, replacing
 from reidreg.logs import logger
+from reidreg.processes.distributed import broadcast, world
 from reidreg.values import Embeddings, Sample
 
 VERSION = 1

@@ -27,8 +27,8 @@ from reidreg.errors import (
     did_you_mean,
 )
 from reidreg.heap import keep_freed_memory
+from reidreg.processes.world import World, launched
 from reidreg.sweeps import Trial, ended_by_its_signal, flags_of_agent
-from reidreg.world import World, launched
 
 if TYPE_CHECKING:
     from reidreg.evaluation import Evaluation
@@ -97,7 +97,7 @@ def _fail(command: str, error: BaseException, code: int) -> int:
     if alone:
         tell()
     else:
-        from reidreg.distributed import tell_failure
+        from reidreg.processes.distributed import tell_failure
 
         tell_failure(error, tell)
     return code
@@ -280,7 +280,6 @@ def evaluate_command(arguments: list[str]) -> int:
         raise ConfigError("--ckpt and --query/--gallery exclude each other")
     from reidreg.describe import evaluation_table
     from reidreg.devices import choose_device
-    from reidreg.distributed import joined
     from reidreg.evaluation import (
         cache_folder_of,
         evaluate_checkpoint,
@@ -288,6 +287,7 @@ def evaluate_command(arguments: list[str]) -> int:
         write_metrics,
     )
     from reidreg.logs import log_to_console, logger
+    from reidreg.processes.distributed import joined
 
     log_to_console()
     output = Path(own["output"]) if own["output"] else run_folder_of(Path(ckpt))
@@ -394,10 +394,10 @@ def extract_command(arguments: list[str]) -> int:
     # Without one, only --help comes this far, and it has left.
     assert ckpt is not None and checkpoint is not None
     from reidreg.devices import choose_device
-    from reidreg.distributed import joined
     from reidreg.evaluation import cache_folder_of, extract_checkpoint
     from reidreg.features import check_output, save_features
     from reidreg.logs import log_to_console
+    from reidreg.processes.distributed import joined
 
     log_to_console()
     check_output(own["output"])

@@ -22,8 +22,8 @@ from reidreg.errors import DataError
 from reidreg.image_cache import ImageCache, open_image_cache
 from reidreg.images import load_images
 from reidreg.interfaces import Dataset, Sampler
-from reidreg.lifeline import end_with_parent
 from reidreg.phases import UNHEARD, Phases
+from reidreg.processes.lifeline import end_with_parent
 from reidreg.transforms import Augmentation
 from reidreg.values import Batch, Sample
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from reidreg.config import Config, InputConfig
 from reidreg.data import Labels, count_workers, eval_loader, loading_processes
 from reidreg.devices import autocast, choose_device, choose_precision, current
-from reidreg.distributed import collect_rows, world
 from reidreg.errors import DataError
 from reidreg.logs import ProgressBar
 from reidreg.model import Model
+from reidreg.processes.distributed import collect_rows, world
 from reidreg.transforms import Normalisation
 from reidreg.values import Embeddings, Sample
 

@@ -13,7 +13,6 @@ import torch
 from reidreg.cache import FeatureCache
 from reidreg.checkpoint import Checkpoint, load_checkpoint
 from reidreg.config import Config
-from reidreg.distributed import broadcast, world
 from reidreg.embedding import Embedder, make_embedder
 from reidreg.errors import CheckpointError, ConfigError, DataError
 from reidreg.features import load_features
@@ -22,6 +21,7 @@ from reidreg.interfaces import DATASETS, EVALUATORS, Dataset, Evaluator
 from reidreg.logs import logger
 from reidreg.model import build_model
 from reidreg.parsing import Layer, load_config
+from reidreg.processes.distributed import broadcast, world
 from reidreg.values import Embeddings, Sample
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reidreg.device_memory import peak_memory
-from reidreg.distributed import mean_over_processes, world
+from reidreg.processes.distributed import mean_over_processes, world
 from reidreg.sizes import GIB
 
 T = TypeVar("T")

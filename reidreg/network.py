@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from reidreg.devices import autocast
-from reidreg.distributed import average_gradients, count_true, gather_output, gather_rows, world
 from reidreg.model import Model
 from reidreg.objective import Objective
 from reidreg.phases import UNHEARD, Phases
-from reidreg.shared_draws import SharedDraws
+from reidreg.processes.distributed import (
+    average_gradients,
+    count_true,
+    gather_output,
+    gather_rows,
+    world,
+)
+from reidreg.processes.shared_draws import SharedDraws
 from reidreg.values import Batch
 
 Losses = tuple[Tensor, dict[str, Tensor], Tensor | None]

@@ -16,11 +16,11 @@ import torch
 
 from reidreg.describe import describe_evaluation, log_figures
 from reidreg.device_memory import describe_shortage, memory_of
-from reidreg.distributed import broadcast, world
 from reidreg.embedding import embeddings_of
 from reidreg.errors import ConfigError, DeviceError
 from reidreg.interfaces import Dataset, Evaluator
 from reidreg.logs import logger
+from reidreg.processes.distributed import broadcast, world
 from reidreg.run import Run
 from reidreg.sizes import size_in_text
 from reidreg.trial import Memory, Trial, missing_state, undisturbed

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from reidreg.distributed import wait
 from reidreg.logs import logger
 from reidreg.phases import DATA, Phases
+from reidreg.processes.distributed import wait
 
 WARM_UP = 5  # steps until kernels are chosen, caches filled and loading processes under way
 _OPERATORS = 25  # rows of operators.txt

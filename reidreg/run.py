@@ -16,12 +16,10 @@ from reidreg.checkpoint import Checkpoint
 from reidreg.config import Config, plain
 from reidreg.data import Labels, TrainLoader, count_workers, labels_of, training_samples
 from reidreg.devices import choose_device
-from reidreg.distributed import broadcast_state, check_same_run, gather, main_first, world
 from reidreg.embedding import Embedder, make_embedder
 from reidreg.errors import CheckpointError, ConfigError, DataError
 from reidreg.evaluation import load_weights
 from reidreg.freezing import Freezer
-from reidreg.generators import random_state, seed_everything, seed_process, set_random_state
 from reidreg.guard import Guard
 from reidreg.interfaces import DATASETS, EVALUATORS, Dataset, Evaluator, Sampler
 from reidreg.logs import logger
@@ -30,9 +28,16 @@ from reidreg.model import Model, build_model
 from reidreg.network import Network
 from reidreg.objective import Objective, build_objective
 from reidreg.optimizers import layer_scales, make_optimizer, make_schedule
+from reidreg.processes.distributed import broadcast_state, check_same_run, gather, main_first, world
+from reidreg.processes.generators import (
+    random_state,
+    seed_everything,
+    seed_process,
+    set_random_state,
+)
+from reidreg.processes.shares import build_sampler
+from reidreg.processes.synchronised import synchronise_batchnorm
 from reidreg.schedules import Schedule
-from reidreg.shares import build_sampler
-from reidreg.synchronised import synchronise_batchnorm
 from reidreg.transforms import Augmentation
 from reidreg.validation import HeldOut, hold_out
 from reidreg.values import Sample

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from reidreg.distributed import Agreement
 from reidreg.errors import InterruptedRun
+from reidreg.processes.distributed import Agreement
 
 
 class StopSignals:

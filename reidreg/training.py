@@ -21,7 +21,13 @@ from reidreg.data import loading_processes
 from reidreg.describe import announce, describe_evaluation, describe_step, log_figures
 from reidreg.device_memory import describe_shortage
 from reidreg.devices import choose_device
-from reidreg.distributed import (
+from reidreg.errors import ConfigError, DataError, DeviceError, InterruptedRun
+from reidreg.evaluation import evaluate_dataset, load_weights, write_metrics
+from reidreg.logs import MetricsLog, ProgressBar, log_to_nobody, logger, start_wandb
+from reidreg.optimizers import set_learning_rate
+from reidreg.phases import DATA, UNHEARD, Phases
+from reidreg.preflight import preflight
+from reidreg.processes.distributed import (
     broadcast,
     broadcast_state,
     joined,
@@ -30,20 +36,14 @@ from reidreg.distributed import (
     wait,
     world,
 )
-from reidreg.errors import ConfigError, DataError, DeviceError, InterruptedRun
-from reidreg.evaluation import evaluate_dataset, load_weights, write_metrics
-from reidreg.generators import draw_alike
-from reidreg.logs import MetricsLog, ProgressBar, log_to_nobody, logger, start_wandb
-from reidreg.optimizers import set_learning_rate
-from reidreg.phases import DATA, UNHEARD, Phases
-from reidreg.preflight import preflight
+from reidreg.processes.generators import draw_alike
+from reidreg.processes.world import launched
 from reidreg.profiling import Bystander, Profile
 from reidreg.resuming import check_resume
 from reidreg.run import Run, build_run, capture, restore, start_weights
 from reidreg.runfolder import RunFolder
 from reidreg.signals import StopSignals
 from reidreg.values import Batch
-from reidreg.world import launched
 
 
 def fit(config: Config, resume: str | None = None, profile: int = 0) -> dict[str, Any]:

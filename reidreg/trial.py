@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reidreg.config import OptimizerConfig
-from reidreg.generators import random_state, set_random_state
 from reidreg.model import Model
 from reidreg.network import ModelWithLosses
 from reidreg.objective import Objective
 from reidreg.optimizers import make_optimizer
-from reidreg.shared_draws import SharedDraws
+from reidreg.processes.generators import random_state, set_random_state
+from reidreg.processes.shared_draws import SharedDraws
 
 
 class Memory(Protocol):

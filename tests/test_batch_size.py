@@ -14,8 +14,8 @@ from conftest import small_run
 from reidreg import batch_size as batch_size_module
 from reidreg import fit, load_checkpoint, load_config
 from reidreg.batch_size import largest, with_batch_size
-from reidreg.distributed import joined
 from reidreg.errors import ConfigError, DataError, DeviceError
+from reidreg.processes.distributed import joined
 from reidreg.sizes import GIB
 from reidreg.trial import Trial
 from worlds import in_processes

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reidreg.bootstrap import bootstrap_intervals
 from reidreg.errors import ConfigError, DataError
-from reidreg.metrics import retrieval_figures
-from reidreg.ranking import MatchPositions
+from reidreg.retrieval.bootstrap import bootstrap_intervals
+from reidreg.retrieval.metrics import retrieval_figures
+from reidreg.retrieval.ranking import MatchPositions
 
 NAMES = ["mAP", "mINP", "rank1", "rank5", "rank10"]
 
@@ -100,7 +100,7 @@ def test_queries_without_a_match_are_not_drawn():
 def test_the_seed_decides_and_the_chunks_do_not(monkeypatch):
     matches = hits_and_misses(np.arange(50) % 3 > 0)
     found = bootstrap_intervals(matches, np.arange(50), seed=4)
-    monkeypatch.setattr("reidreg.bootstrap._WEIGHTS", 50 * 7)
+    monkeypatch.setattr("reidreg.retrieval.bootstrap._WEIGHTS", 50 * 7)
     again = bootstrap_intervals(matches, np.arange(50), seed=4)
     assert again == {name: pytest.approx(interval) for name, interval in found.items()}
     assert bootstrap_intervals(matches, np.arange(50), seed=5) != found

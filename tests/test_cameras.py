@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reidreg.cameras import camera_pairs
 from reidreg.errors import DataError
+from reidreg.retrieval.cameras import camera_pairs
 from reidreg.values import Embeddings
 
 

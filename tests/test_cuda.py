@@ -26,11 +26,11 @@ from reidreg import LOSSES, device_memory, fit, load_checkpoint, load_config
 from reidreg.batch_size import with_batch_size
 from reidreg.device_memory import Holder, describe_shortage
 from reidreg.devices import choose_precision
-from reidreg.distributed import joined
 from reidreg.errors import DeviceError
+from reidreg.processes.distributed import joined
+from reidreg.processes.synchronised import synchronise_batchnorm
 from reidreg.profiling import WARM_UP, Profile, Stopwatch
 from reidreg.run import Run, build_run
-from reidreg.synchronised import synchronise_batchnorm
 from reidreg.training import train_step
 from reidreg.values import Batch, Output
 
@@ -262,7 +262,7 @@ def test_a_loss_that_looks_at_a_value_is_noticed(
 
 def test_what_is_called_of_torch_cuda_is_there_and_takes_these_arguments() -> None:
     calls = 0
-    for path in sorted(Path(reidreg.__file__).parent.glob("*.py")):
+    for path in sorted(Path(reidreg.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue

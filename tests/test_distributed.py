@@ -34,7 +34,14 @@ from reidreg import (
 )
 from reidreg.cli import main
 from reidreg.data import labels_of
-from reidreg.distributed import (
+from reidreg.embedding import make_embedder
+from reidreg.errors import ConfigError, DataError, DeviceError, RankError
+from reidreg.evaluation import evaluate_checkpoint
+from reidreg.interfaces import Sampler
+from reidreg.model import build_model
+from reidreg.network import Network
+from reidreg.objective import Objective
+from reidreg.processes.distributed import (
     Agreement,
     average_gradients,
     broadcast,
@@ -48,16 +55,9 @@ from reidreg.distributed import (
     together,
     world,
 )
-from reidreg.embedding import make_embedder
-from reidreg.errors import ConfigError, DataError, DeviceError, RankError
-from reidreg.evaluation import evaluate_checkpoint
-from reidreg.interfaces import Sampler
-from reidreg.model import build_model
-from reidreg.network import Network
-from reidreg.objective import Objective
-from reidreg.shares import SharedSampler, build_sampler
-from reidreg.synchronised import SynchronisedBatchNorm, synchronise_batchnorm
-from reidreg.world import World, launched
+from reidreg.processes.shares import SharedSampler, build_sampler
+from reidreg.processes.synchronised import SynchronisedBatchNorm, synchronise_batchnorm
+from reidreg.processes.world import World, launched
 from test_training import differing, lines_of
 from worlds import in_processes, started
 
@@ -763,7 +763,7 @@ def test_a_process_that_is_stopped_in_a_step_ends_all_within_a_minute(small: Val
 
 STOPPED = """
 import os, signal, sys, torch
-from reidreg.distributed import joined, wait
+from reidreg.processes.distributed import joined, wait
 
 with joined(torch.device("cpu"), 45.0) as place:
     if place.rank == int(sys.argv[1]):

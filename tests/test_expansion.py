@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from reidreg import EVALUATORS, load_plugins
 from reidreg.errors import ConfigError, DataError
-from reidreg.expansion import expand_queries
-from reidreg.metrics import retrieval_figures
-from reidreg.ranking import match_positions
+from reidreg.retrieval.expansion import expand_queries
+from reidreg.retrieval.metrics import retrieval_figures
+from reidreg.retrieval.ranking import match_positions
 from reidreg.values import Embeddings
 
 
@@ -67,7 +67,7 @@ def test_queries_move_as_the_formula_says(k, alpha):
 def test_many_queries_and_neighbours_move_in_pieces(monkeypatch):
     query, gallery = sides(num_query=23)
     whole = expand_queries(query, gallery, k=6).features
-    monkeypatch.setattr("reidreg.expansion._HELD", 100)
+    monkeypatch.setattr("reidreg.retrieval.expansion._HELD", 100)
     assert torch.equal(expand_queries(query, gallery, k=6).features, whole)
 
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reidreg import graph
-from reidreg.distances import Distances
-from reidreg.graph import neighbour_graph
-from reidreg.neighbours import ExactLists
+from reidreg.retrieval import graph
+from reidreg.retrieval.distances import Distances
+from reidreg.retrieval.graph import neighbour_graph
+from reidreg.retrieval.neighbours import ExactLists
 
 
 def distances_of(features, metric="cosine"):

@@ -36,7 +36,7 @@ from reidreg.index.files import MANIFEST
 from reidreg.index.gallery import FeatureModel, Threshold, add_to_index, without_junk
 from reidreg.index.source import Source
 from reidreg.locking import exclusive
-from reidreg.nearest import Vectors
+from reidreg.retrieval.nearest import Vectors
 
 APPROXIMATE = ("ivf", "hnsw", "pq")
 TYPES = ("flat", *APPROXIMATE)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from reidreg.liveness import Identity, Neighbour, neighbours
+from reidreg.processes.liveness import Identity, Neighbour, neighbours
 
 
 def identity(rank: int, machine: str) -> Identity:

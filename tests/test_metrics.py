@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reidreg.errors import ConfigError, DataError
-from reidreg.metrics import (
+from reidreg.retrieval.metrics import (
     average_precisions,
     cmc,
     inverse_negative_penalties,
     retrieval_figures,
 )
-from reidreg.ranking import MatchPositions
+from reidreg.retrieval.ranking import MatchPositions
 
 
 def ragged(*lists: list[int], num_gallery: int = 100) -> MatchPositions:

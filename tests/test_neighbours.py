@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reidreg.distances import Distances
-from reidreg.neighbours import ExactLists, ranked_lists, sum_error
+from reidreg.retrieval.distances import Distances
+from reidreg.retrieval.neighbours import ExactLists, ranked_lists, sum_error
 from reidreg.values import Embeddings
 
 

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reidreg
-from reidreg.distances import Distances, full_float32
 from reidreg.errors import ConfigError, DataError
-from reidreg.matching import check_matchable
-from reidreg.metrics import retrieval_figures
-from reidreg.neighbours import ranked_lists
-from reidreg.ranking import MatchPositions, match_positions, match_positions_of_rows
+from reidreg.retrieval.distances import Distances, full_float32
+from reidreg.retrieval.matching import check_matchable
+from reidreg.retrieval.metrics import retrieval_figures
+from reidreg.retrieval.neighbours import ranked_lists
+from reidreg.retrieval.ranking import MatchPositions, match_positions, match_positions_of_rows
 from reidreg.values import Embeddings
 
 
@@ -648,8 +648,8 @@ def test_checks_hold_when_python_optimises():
     program = """
 import numpy as np, torch
 from reidreg.errors import ReidregError
-from reidreg.neighbours import ranked_lists
-from reidreg.ranking import match_positions
+from reidreg.retrieval.neighbours import ranked_lists
+from reidreg.retrieval.ranking import match_positions
 from reidreg.values import Embeddings
 def side(features, camid):
     return Embeddings(torch.tensor(features), torch.tensor([1]), torch.tensor([camid]))

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reidreg import graph, reranking
 from reidreg.errors import ConfigError, DataError
-from reidreg.metrics import retrieval_figures
-from reidreg.ranking import match_positions, match_positions_of_rows
-from reidreg.reranking import clipping_note, rerank_rows
+from reidreg.retrieval import graph, reranking
+from reidreg.retrieval.metrics import retrieval_figures
+from reidreg.retrieval.ranking import match_positions, match_positions_of_rows
+from reidreg.retrieval.reranking import clipping_note, rerank_rows
 from reidreg.values import Embeddings
 
 

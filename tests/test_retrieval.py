@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from reidreg import EVALUATORS, DataError, Embeddings, Sample, load_config
-from reidreg.bootstrap import bootstrap_intervals
 from reidreg.describe import describe_evaluation, evaluation_table, log_figures
 from reidreg.errors import ConfigError
-from reidreg.ranking import match_positions
-from reidreg.singleshot import single_shot_positions
+from reidreg.retrieval.bootstrap import bootstrap_intervals
+from reidreg.retrieval.ranking import match_positions
+from reidreg.retrieval.singleshot import single_shot_positions
 
 FIGURES = {"mAP", "mINP", "rank1", "rank5", "rank10", "cmc"}
 COUNTS = {"num_queries", "num_valid_queries", "num_gallery"}
@@ -131,7 +131,7 @@ def test_a_side_without_matches_is_refused_before_any_distance(
         raise AssertionError("a distance was computed")
 
     for name in ("ranking", "singleshot", "pairs"):
-        monkeypatch.setattr(f"reidreg.{name}.Distances", refuse)
+        monkeypatch.setattr(f"reidreg.retrieval.{name}.Distances", refuse)
     for protocol in ("market1501", "cuhk03"):
         evaluator = EVALUATORS.build("retrieval", protocol=protocol, verification=True)
         with pytest.raises(DataError, match="no query has a match in the gallery"):

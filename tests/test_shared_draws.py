@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-from reidreg import Embeddings, distributed, fit, load_config
-from reidreg.distributed import joined, world
-from reidreg.generators import draw_alike, seed_everything
-from reidreg.shared_draws import SharedDraws, WholeBatch
-from reidreg.world import World
+from reidreg import Embeddings, fit, load_config
+from reidreg.processes import distributed
+from reidreg.processes.distributed import joined, world
+from reidreg.processes.generators import draw_alike, seed_everything
+from reidreg.processes.shared_draws import SharedDraws, WholeBatch
+from reidreg.processes.world import World
 from reidreg_plugins.backbones.timm import TimmBackbone
 from reidreg_plugins.evaluators.retrieval import Retrieval
 from test_distributed import WHOLE, Values, at_most_apart, killed_and_resumed

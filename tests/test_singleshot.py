@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reidreg.errors import ConfigError, DataError
-from reidreg.metrics import cmc, retrieval_figures
-from reidreg.ranking import match_positions
-from reidreg.singleshot import single_shot_positions, single_shot_positions_of_rows
+from reidreg.retrieval.metrics import cmc, retrieval_figures
+from reidreg.retrieval.ranking import match_positions
+from reidreg.retrieval.singleshot import single_shot_positions, single_shot_positions_of_rows
 from reidreg.values import Embeddings
 
 

@@ -12,10 +12,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from reidreg.errors import ConfigError, DataError
-from reidreg.pairs import CELLS, count_pairs, histogram
-from reidreg.ranking import match_positions
+from reidreg.retrieval.pairs import CELLS, count_pairs, histogram
+from reidreg.retrieval.ranking import match_positions
+from reidreg.retrieval.verification import (
+    FARS,
+    check_impostors,
+    equal_error_rate,
+    verification_figures,
+)
 from reidreg.values import Embeddings
-from reidreg.verification import FARS, check_impostors, equal_error_rate, verification_figures
 
 
 def embeddings(features, pids, camids=None):

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 import reidreg
 from reidreg.errors import ConfigError, ReidregError
-from reidreg.expansion import expand_queries
 from reidreg.interfaces import EVALUATORS
-from reidreg.neighbours import ranked_lists
-from reidreg.ranking import match_positions, match_positions_of_rows
-from reidreg.reranking import rerank_rows
+from reidreg.retrieval.expansion import expand_queries
+from reidreg.retrieval.neighbours import ranked_lists
+from reidreg.retrieval.ranking import match_positions, match_positions_of_rows
+from reidreg.retrieval.reranking import rerank_rows
 from reidreg.values import Embeddings
 
 Ranker = Callable[..., Any]

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from reidreg.distances import IntArray, check_choice, spans
-from reidreg.nearest import SPARE, Float32Array, Mask, Space, Vectors, select
+from reidreg.retrieval.distances import IntArray, check_choice, spans
+from reidreg.retrieval.nearest import SPARE, Float32Array, Mask, Space, Vectors, select
 
 TYPES = ("flat", "ivf", "hnsw", "pq")
 FLAT_BYTES = 2 * 2**30  # up to here, comparing with everything takes a fraction of a second

@@ -25,10 +25,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from reidreg.distances import IntArray
 from reidreg.errors import DataError
 from reidreg.files import replacing, sync
-from reidreg.nearest import Vectors
+from reidreg.retrieval.distances import IntArray
+from reidreg.retrieval.nearest import Vectors
 
 FORMAT = "reidreg index"
 VERSION = 1

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reidreg.distances import Features, FloatArray, IntArray, Side, check_at_least
 from reidreg.errors import ConfigError, DataError
 from reidreg.index.approximate import (
     Report,
@@ -25,7 +24,8 @@ from reidreg.index.approximate import (
 from reidreg.index.files import Contents, Items, read_contents, write_contents
 from reidreg.locking import exclusive
 from reidreg.logs import logger
-from reidreg.nearest import (
+from reidreg.retrieval.distances import Features, FloatArray, IntArray, Side, check_at_least
+from reidreg.retrieval.nearest import (
     BruteForce,
     Float32Array,
     Mask,

@@ -15,12 +15,12 @@ from markupsafe import Markup
 
 from reidreg import __version__
 from reidreg.evaluation import Evaluation
-from reidreg.matching import JUNK
 from reidreg.report.cameras import camera_matrix
 from reidreg.report.charts import HEIGHT, TALL, cmc_chart, score_chart
 from reidreg.report.figures import blocks, figure_table, is_number, skipped
 from reidreg.report.galleries import RankedQuery
 from reidreg.report.thumbnails import Thumbnails
+from reidreg.retrieval.matching import JUNK
 from reidreg.values import Embeddings
 
 _FOLDER = Path(__file__).parent

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reidreg.distances import FloatArray, check_at_least, spans
 from reidreg.errors import DataError
-from reidreg.matching import Ids
-from reidreg.metrics import average_precisions, inverse_negative_penalties
-from reidreg.ranking import MatchPositions
+from reidreg.retrieval.distances import FloatArray, check_at_least, spans
+from reidreg.retrieval.matching import Ids
+from reidreg.retrieval.metrics import average_precisions, inverse_negative_penalties
+from reidreg.retrieval.ranking import MatchPositions
 
 LEVEL = 0.95
 _WEIGHTS = 2**21  # how often each identity is drawn, for as many resamples as fit

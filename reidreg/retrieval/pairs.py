@@ -20,9 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reidreg.distances import Distances, FloatArray, IntArray, check_at_least, full_float32, spans
-from reidreg.matching import JUNK, MatchLabels, labels_of_sides, same_pid
-from reidreg.ranking import Progress
+from reidreg.retrieval.distances import (
+    Distances,
+    FloatArray,
+    IntArray,
+    check_at_least,
+    full_float32,
+    spans,
+)
+from reidreg.retrieval.matching import JUNK, MatchLabels, labels_of_sides, same_pid
+from reidreg.retrieval.ranking import Progress
 from reidreg.values import Embeddings
 
 _OCTAVES, _STEP_BITS = 16, 16

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reidreg.cores import one_thread_for_numpy
-from reidreg.distances import (
+from reidreg.errors import DataError
+from reidreg.retrieval.distances import (
     Distances,
     FloatArray,
     IntArray,
@@ -34,8 +35,7 @@ from reidreg.distances import (
     ragged,
     spans,
 )
-from reidreg.errors import DataError
-from reidreg.matching import Ids, MatchLabels, count_matchable, labels_of_sides, same_pid
+from reidreg.retrieval.matching import Ids, MatchLabels, count_matchable, labels_of_sides, same_pid
 from reidreg.values import Embeddings
 
 Progress: TypeAlias = Callable[[int, int], None]

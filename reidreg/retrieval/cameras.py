@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from reidreg.distances import IntArray
-from reidreg.matching import JUNK, labels_of_sides
-from reidreg.metrics import average_precisions
-from reidreg.ranking import MatchPositions, Progress, match_positions
+from reidreg.retrieval.distances import IntArray
+from reidreg.retrieval.matching import JUNK, labels_of_sides
+from reidreg.retrieval.metrics import average_precisions
+from reidreg.retrieval.ranking import MatchPositions, Progress, match_positions
 from reidreg.values import Embeddings
 
 

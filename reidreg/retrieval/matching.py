@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reidreg.distances import IntArray, check_choice, ragged
 from reidreg.errors import DataError
+from reidreg.retrieval.distances import IntArray, check_choice, ragged
 from reidreg.values import Embeddings
 
 Ids: TypeAlias = Tensor | NDArray[Any] | Sequence[int]

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reidreg.distances import (
+from reidreg.errors import DataError
+from reidreg.retrieval.distances import (
     METRICS,
     Distances,
     Features,
@@ -25,7 +26,6 @@ from reidreg.distances import (
     check_choice,
     spans,
 )
-from reidreg.errors import DataError
 
 Float32Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]

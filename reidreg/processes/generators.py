@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from reidreg.distributed import broadcast, world
+from reidreg.processes.distributed import broadcast, world
 
 
 def seed_everything(seed: int) -> None:

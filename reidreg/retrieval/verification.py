@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reidreg.distances import FloatArray, IntArray
 from reidreg.errors import ConfigError, DataError
-from reidreg.matching import JUNK, Ids
-from reidreg.pairs import CELLS, PairCounts, count_pairs, histogram
-from reidreg.ranking import MatchPositions, Progress
+from reidreg.retrieval.distances import FloatArray, IntArray
+from reidreg.retrieval.matching import JUNK, Ids
+from reidreg.retrieval.pairs import CELLS, PairCounts, count_pairs, histogram
+from reidreg.retrieval.ranking import MatchPositions, Progress
 from reidreg.values import Embeddings
 
 FARS = (1e-4, 1e-3, 1e-2)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from reidreg.distributed import stack_over_processes, world
 from reidreg.errors import ConfigError
+from reidreg.processes.distributed import stack_over_processes, world
 
 
 class SynchronisedBatchNorm(_BatchNorm):

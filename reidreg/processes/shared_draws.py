@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from reidreg.distributed import world
+from reidreg.processes.distributed import world
 
 # Operations that draw as many numbers for an element, in an order that its place among all gives,
 # whatever the values are. Others, such as rejection sampling, would leave the generators apart.

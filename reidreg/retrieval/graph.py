@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reidreg.distances import Distances, FloatArray, IntArray, spans
-from reidreg.neighbours import ExactLists, float32_vectors, sum_error
+from reidreg.retrieval.distances import Distances, FloatArray, IntArray, spans
+from reidreg.retrieval.neighbours import ExactLists, float32_vectors, sum_error
 
 _SPARE = 16  # further neighbours that are kept, so that rounding cannot hide one
 _TILE = 2048  # rows and columns of a tile

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reidreg.distances import check_at_least, spans
-from reidreg.neighbours import ranked_lists
+from reidreg.retrieval.distances import check_at_least, spans
+from reidreg.retrieval.neighbours import ranked_lists
 from reidreg.values import Embeddings
 
 _HELD = 2**22  # numbers of neighbours' vectors that are held in float64 at a time

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reidreg.distances import (
+from reidreg.retrieval.distances import (
     Distances,
     FloatArray,
     IntArray,
@@ -23,7 +23,7 @@ from reidreg.distances import (
     check_at_least,
     spans,
 )
-from reidreg.matching import JUNK, MatchLabels, labels_of_sides
+from reidreg.retrieval.matching import JUNK, MatchLabels, labels_of_sides
 from reidreg.values import Embeddings
 
 LeftOut: TypeAlias = Callable[[IntArray, IntArray], NDArray[np.bool_]]

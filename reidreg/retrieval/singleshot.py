@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reidreg.distances import Distances, IntArray, Plan, check_at_least, spans
 from reidreg.errors import DataError
-from reidreg.matching import Ids, MatchLabels, count_matchable, labels_of_sides
-from reidreg.ranking import MatchPositions, Progress
+from reidreg.retrieval.distances import Distances, IntArray, Plan, check_at_least, spans
+from reidreg.retrieval.matching import Ids, MatchLabels, count_matchable, labels_of_sides
+from reidreg.retrieval.ranking import MatchPositions, Progress
 from reidreg.values import Embeddings
 
 Rows = Iterable[tuple[int, "Tensor | NDArray[Any]"]]

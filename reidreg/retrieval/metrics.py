@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from reidreg.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
-    from reidreg.ranking import MatchPositions
+    from reidreg.retrieval.ranking import MatchPositions
 
 FloatArray: TypeAlias = NDArray[np.float64]
 

@@ -25,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reidreg.distances import (
+from reidreg.errors import ConfigError
+from reidreg.retrieval.distances import (
     Distances,
     Features,
     FloatArray,
@@ -35,8 +36,7 @@ from reidreg.distances import (
     ragged,
     spans,
 )
-from reidreg.errors import ConfigError
-from reidreg.graph import neighbour_graph
+from reidreg.retrieval.graph import neighbour_graph
 
 _BLOCK = 512  # images whose codes are made together
 _PIECE = 1024  # gallery vectors that are held in float64

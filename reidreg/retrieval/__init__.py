@@ -1,0 +1,1 @@
+"""From features to figures: exact distances, the position of every match, and what follows."""
