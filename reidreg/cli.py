@@ -27,8 +27,8 @@ from reidreg.errors import (
     did_you_mean,
 )
 from reidreg.heap import keep_freed_memory
-from reidreg.processes.world import World, launched
 from reidreg.sweeps import Trial, ended_by_its_signal, flags_of_agent
+from reidreg.world import World, launched
 
 if TYPE_CHECKING:
     from reidreg.evaluation import Evaluation

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from reidreg.errors import DeviceError
-from reidreg.processes.world import World, launched
+from reidreg.world import World, launched
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

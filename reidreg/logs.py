@@ -33,7 +33,7 @@ from rich.progress import (
 
 from reidreg.config import Config, WandbConfig
 from reidreg.errors import DivergedError, InterruptedRun, ReidregError
-from reidreg.processes.world import launched
+from reidreg.world import launched
 
 logger = logging.getLogger("reidreg")
 

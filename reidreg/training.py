@@ -37,13 +37,13 @@ from reidreg.processes.distributed import (
     world,
 )
 from reidreg.processes.generators import draw_alike
-from reidreg.processes.world import launched
 from reidreg.profiling import Bystander, Profile
 from reidreg.resuming import check_resume
 from reidreg.run import Run, build_run, capture, restore, start_weights
 from reidreg.runfolder import RunFolder
 from reidreg.signals import StopSignals
 from reidreg.values import Batch
+from reidreg.world import launched
 
 
 def fit(config: Config, resume: str | None = None, profile: int = 0) -> dict[str, Any]:

@@ -57,7 +57,7 @@ from reidreg.processes.distributed import (
 )
 from reidreg.processes.shares import SharedSampler, build_sampler
 from reidreg.processes.synchronised import SynchronisedBatchNorm, synchronise_batchnorm
-from reidreg.processes.world import World, launched
+from reidreg.world import World, launched
 from test_training import differing, lines_of
 from worlds import in_processes, started
 

@@ -26,10 +26,10 @@ from reidreg.optimizers import make_optimizer
 from reidreg.preflight import check_memory, handful, rehearse_evaluation, spread
 from reidreg.processes import distributed, shared_draws
 from reidreg.processes.generators import random_state
-from reidreg.processes.world import World
 from reidreg.run import Run, build_run
 from reidreg.sizes import GIB
 from reidreg.trial import Trial, missing_state, undisturbed
+from reidreg.world import World
 
 
 class FakeMemory:

@@ -24,7 +24,7 @@ from reidreg.processes import distributed
 from reidreg.processes.distributed import joined, world
 from reidreg.processes.generators import draw_alike, seed_everything
 from reidreg.processes.shared_draws import SharedDraws, WholeBatch
-from reidreg.processes.world import World
+from reidreg.world import World
 from reidreg_plugins.backbones.timm import TimmBackbone
 from reidreg_plugins.evaluators.retrieval import Retrieval
 from test_distributed import WHOLE, Values, at_most_apart, killed_and_resumed

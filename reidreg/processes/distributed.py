@@ -33,8 +33,8 @@ from reidreg.cores import count_cores
 from reidreg.devices import current
 from reidreg.errors import RankError, ReidregError
 from reidreg.processes.liveness import Identity, Neighbour, neighbours
-from reidreg.processes.world import World, launched
 from reidreg.values import Output, Sample
+from reidreg.world import World, launched
 
 T = TypeVar("T")
 

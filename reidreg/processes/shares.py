@@ -8,7 +8,7 @@ from typing import Any
 
 from reidreg.errors import ConfigError, DataError
 from reidreg.interfaces import SAMPLERS, Sampler
-from reidreg.processes.world import World
+from reidreg.world import World
 
 
 class SharedSampler(Sampler):
