@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from reidreg.config import OptimizerConfig
 from reidreg.model import Model
-from reidreg.network import ModelWithLosses
+from reidreg.network import Network
 from reidreg.objective import Objective
 from reidreg.optimizers import make_optimizer
 from reidreg.processes.generators import random_state, set_random_state
-from reidreg.processes.shared_draws import SharedDraws
+from reidreg.values import Batch
 
 
 class Memory(Protocol):
@@ -69,13 +69,12 @@ class Trial:
         self.model.train()
         images = torch.randn(len(pids), 3, *self.size, device=self.device)
         images = images.contiguous(memory_format=torch.channels_last)
-        losses = ModelWithLosses(self.model, self.objective, self.dtype, gathered=False)
-        draws = SharedDraws(self.model)  # masks of the whole batch take memory, too
-        draws.begin()
-        with draws.shared():
-            draws.expect(len(pids))
-            loss, _, _ = losses(images, pids, torch.zeros_like(pids))
-            loss.backward()
+        # As in training: masks of the whole batch take memory, too.
+        network = Network(self.model, self.objective, self.dtype)
+        network.begin()
+        with network.averaging(now=False):  # this process steps alone
+            loss, _, _ = network(Batch(images, pids, torch.zeros_like(pids)))
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def reckon(self, pids: Tensor, memory: Memory) -> int | None:
         """What `need` would be where a whole step cannot be made: a line through two smaller ones.
