@@ -1,8 +1,11 @@
-"""What the benchmarks of training share: a run on drawn people, and a batch of noise."""
+"""What the benchmarks of training share: a run on drawn people, a batch of noise, a process."""
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +52,16 @@ def make_batch(options: argparse.Namespace, run: Run) -> Batch:
     own = world().share(options.batch)
     images = images[own].to(memory_format=torch.channels_last)
     return Batch(images, pids[own], torch.zeros_like(pids[own]))
+
+
+def start_process(work: Callable[..., None], *arguments: object) -> Connection:
+    """Start a fresh process that calls `work` with its end of a pipe and the arguments.
+
+    Returns:
+        Our end of the pipe; the process ends with this one, if not before.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=work, args=(theirs, *arguments), daemon=True).start()
+    theirs.close()
+    return ours

@@ -13,7 +13,6 @@ a machine which changes its speed changes it for both; the fastest turn of eithe
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import socket
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawn import make_batch, make_run
+from drawn import make_batch, make_run, start_process
 
 from reidreg import Batch
 from reidreg.heap import keep_freed_memory
@@ -122,17 +121,11 @@ def turn(run: Run, batch: Batch, steps: int, threads: int) -> tuple[float, float
 
 def start(options: argparse.Namespace, folder: str) -> list[Connection]:
     """Start the processes, and wait until all are ready."""
-    context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    connections = []
-    for rank in range(options.processes):
-        ours, theirs = context.Pipe()
-        arguments = (theirs, rank, port, options, folder)
-        context.Process(target=work, args=arguments, daemon=True).start()
-        theirs.close()
-        connections.append(ours)
+    ranks = range(options.processes)
+    connections = [start_process(work, rank, port, options, folder) for rank in ranks]
     for connection in connections:
         connection.recv()
     return connections

@@ -13,7 +13,6 @@ speed of a plain matrix product in the same arithmetic, which is measured in bet
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from drawn import make_batch, make_run
+from drawn import make_batch, make_run, start_process
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,7 +38,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(options, Path(folder), {"optimizer.lr": 3.5e-4})
-        reference = start_reference(options, folder)
+        reference = start_process(serve, options, folder)
+        reference.recv()  # it is ready
     batch = make_batch(options, run)
     arithmetic = str(run.embedder.dtype).removeprefix("torch.")
     print(
@@ -115,16 +115,6 @@ def extract(run: Run, batch: Batch) -> None:
 
 
 # --------------------------------------------------------------------- the reference's process
-
-
-def start_reference(options: argparse.Namespace, folder: str) -> Connection:
-    """Start the other process, and wait until it is ready."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    context.Process(target=serve, args=(theirs, options, folder), daemon=True).start()
-    theirs.close()
-    ours.recv()
-    return ours
 
 
 def ask(connection: Connection, work: str) -> float:

@@ -34,10 +34,9 @@ from reidreg.run import Run, build_run
 from reidreg.training import train_step
 from reidreg.values import Batch, Output
 
-CENTER = {"name": "center", "weight": 0.0005}
 # What a step can do more than the guide's, all at once.
 FULL = {
-    "losses.center": CENTER,
+    "losses.center": {"name": "center", "weight": 0.0005},
     "losses.soft": {"name": "triplet", "weight": 1.0, "margin": None},
     "optimizer.clip_norm": 1.0,
     "optimizer.layer_decay": 0.9,
@@ -49,7 +48,7 @@ FULL = {
 STEPS: dict[str, dict[str, Any]] = {
     "guide": {},
     "full": FULL,
-    "sgd": {**FULL, "optimizer.name": "sgd", "losses.center": CENTER},
+    "sgd": {**FULL, "optimizer.name": "sgd"},
     "adamw": {"optimizer.name": "adamw", "head": {"name": "linear", "pooling": "gem"}},
     "adagrad": {"optimizer.name": "adagrad", "head.pooling": "max"},
     "random": {"sampler": {"name": "random", "batch_size": 8}},
