@@ -27,6 +27,7 @@ from reidreg.errors import (
     did_you_mean,
 )
 from reidreg.heap import keep_freed_memory
+from reidreg.interrupting import interrupt_outside_locks
 from reidreg.sweeps import Trial, ended_by_its_signal, flags_of_agent
 from reidreg.world import World, launched
 
@@ -61,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name not in _SHARED:
                 return 0  # the first process does it
             warnings.simplefilter("ignore")
-        if argv is None and name in _SHARED:  # the process is ours, and runs a model
-            keep_freed_memory()
+        if argv is None:  # the process is ours
+            interrupt_outside_locks()
+            if name in _SHARED:  # and runs a model
+                keep_freed_memory()
         code = COMMANDS[name][0](arguments[1:])
         sys.stdout.flush()
         return code

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from reidreg.errors import InterruptedRun
+from reidreg.interrupting import OutsideLocks
 from reidreg.processes.distributed import Agreement
 
 
@@ -23,7 +24,9 @@ class StopSignals:
         self.received: int | None = None
         self._agreement = Agreement()
         self._immediate = False
+        self._again = False
         self._saved: str | None = None
+        self._stop = OutsideLocks(self._stop_if_due)
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -34,14 +37,19 @@ class StopSignals:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._stop.cancel()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        again = self.received is not None
+        self._again = self.received is not None
         # Noted in any case: Python drops what is raised within a finalizer.
         self.received = number
-        if self._immediate or again:
+        if self._immediate or self._again:
+            self._stop(number, frame)
+
+    def _stop_if_due(self, number: int, frame: FrameType | None) -> None:
+        if self._immediate or self._again:  # the block may have ended since the signal came
             raise InterruptedRun(number, self._saved)
 
     def agreed(self, at_once: bool = False) -> int | None:
