@@ -44,6 +44,7 @@ class OutsideLocks:
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
         self._number = 0
+        self._waiting = False
         self._seen: tuple[FrameType, int] | None = None
         self._alarm: Any = None  # the handler of SIGALRM that ours stands in for
 
@@ -54,11 +55,12 @@ class OutsideLocks:
 
     def cancel(self) -> None:
         """Forget a signal that is put off."""
+        self._waiting = False  # first, for the alarm may go off meanwhile
+        self._seen = None
         if self._alarm is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._alarm)
             self._alarm = None
-        self._seen = None
 
     def _look(self, frame: FrameType | None) -> None:
         place = _place_among_locks(frame)
@@ -67,10 +69,15 @@ class OutsideLocks:
             self._handler(self._number, frame)
             return
         self._seen = place
+        self._waiting = True
         if self._alarm is None:
-            before = signal.signal(signal.SIGALRM, lambda _, frame: self._look(frame))
+            before = signal.signal(signal.SIGALRM, self._look_again)
             self._alarm = signal.SIG_DFL if before is None else before  # None: not Python's own
         signal.setitimer(signal.ITIMER_REAL, _SOON)
+
+    def _look_again(self, alarm: int, frame: FrameType | None) -> None:
+        if self._waiting:
+            self._look(frame)
 
 
 def _place_among_locks(frame: FrameType | None) -> tuple[FrameType, int] | None:

@@ -62,11 +62,11 @@ def put_in_a_queue() -> None:
             taker.join()
 
 
-def _opcodes(work: Work, act: Callable[[int, FrameType], None]) -> int:
-    """Do work and act before each instruction of the main thread that is Python's own or ours.
+def stopped_at(place: int, work: Work) -> bool:
+    """Do work, with a signal before one of the main thread's instructions, as if it came there.
 
     Returns:
-        How many there were.
+        Whether there were so many instructions.
     """
     count = 0
 
@@ -75,7 +75,11 @@ def _opcodes(work: Work, act: Callable[[int, FrameType], None]) -> int:
         frame.f_trace_opcodes = True
         if event == "opcode":
             count += 1
-            act(count, frame)
+        if count == place:
+            sys.settrace(None)  # what looks again is to find the work, and not this
+            handler = signal.getsignal(signal.SIGTERM)
+            assert callable(handler)
+            handler(signal.SIGTERM, frame)
         return look
 
     sys.settrace(look)
@@ -83,19 +87,7 @@ def _opcodes(work: Work, act: Callable[[int, FrameType], None]) -> int:
         work()
     finally:
         sys.settrace(None)
-    return count
-
-
-def _stop_at(place: int) -> Callable[[int, FrameType], None]:
-    """A signal before one instruction, as if it had just come there."""
-
-    def act(count: int, frame: FrameType) -> None:
-        if count == place:
-            handler = signal.getsignal(signal.SIGTERM)
-            assert callable(handler)
-            handler(signal.SIGTERM, frame)
-
-    return act
+    return count == place
 
 
 def stop_everywhere(work: Work, step: int) -> None:
@@ -104,7 +96,7 @@ def stop_everywhere(work: Work, step: int) -> None:
     for place in range(1, 10**6, step):
         with StopSignals() as signals, contextlib.suppress(InterruptedRun):
             with signals.immediate(None):
-                if _opcodes(work, _stop_at(place)) < place:
+                if not stopped_at(place, work):
                     return
         assert signals.received == signal.SIGTERM
 
@@ -208,6 +200,26 @@ def test_the_users_own_alarm_is_put_back(monkeypatch: pytest.MonkeyPatch) -> Non
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+@needs_timers
+def test_an_alarm_that_goes_off_as_it_is_cancelled_does_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(interrupting, "_SOON", 60)
+    handler = OutsideLocks(_raise)
+    handler(signal.SIGTERM, _frame_of(threading.Condition.__enter__))
+    late = signal.getsignal(signal.SIGALRM)
+    assert callable(late)
+    set_timer = signal.setitimer
+
+    def go_off(which: int, seconds: float) -> None:
+        set_timer(which, seconds)
+        late(signal.SIGALRM, sys._getframe())
+
+    monkeypatch.setattr(signal, "setitimer", go_off)
+    handler.cancel()
+    assert signal.getsignal(signal.SIGALRM) is not late
 
 
 def _frame_of(function: Callable[..., Any]) -> FrameType:
