@@ -169,6 +169,13 @@ def test_resuming_after_an_epoch_is_the_same_run_bit_for_bit(
     assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "halves")
 
 
+def test_a_run_in_bfloat16_comes_out_the_same_again(tiny: Values, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        fit(configure(tiny, train__precision="bf16", output_dir=str(folder)))
+    assert not differing(*(folder / "checkpoints/last.ckpt" for folder in folders))
+
+
 def interrupted(values: Values, number: signal.Signals, after: str) -> subprocess.Popen[str]:
     """Start a run, and send it a signal once its log shows a word."""
     process = subprocess.Popen(
