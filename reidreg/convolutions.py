@@ -4,7 +4,7 @@ oneDNN, by which torch computes on x86 processors, has kernels of its own for bf
 shapes, most of them with strides, these read or write memory that is not theirs: what comes out is
 arbitrary, differs from run to run, may be NaN, and the process may crash. Seen with torch 2.14 on a
 Xeon with AMX, and in part with AVX512-BF16 alone, against float64 in shapes drawn at random and in
-those of 17 of timm's models. In models they are the last ones of narrow inputs, whose output is one
+those of 18 of timm's models. In models they are the last ones of narrow inputs, whose output is one
 pixel wide (any ResNet of stride 32 at 64 x 32), and the stem of RepVGG.
 """
 
