@@ -16,7 +16,8 @@ class Model(nn.Module):
 
     Args:
         backbone: Images to features; it runs in the precision of the surrounding autocast.
-        head: Features to Output; it always runs in float32, pooling and distances need it.
+        head: Features to Output; it never runs in less than float32, which pooling and distances
+            need.
     """
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
@@ -34,10 +35,9 @@ class Model(nn.Module):
         if camids is None:
             camids = images.new_full((len(images),), -1, dtype=torch.int64)
         features = self.backbone(images, *([camids] if self.backbone.uses_camids else []))
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
         with torch.autocast(images.device.type, enabled=False):
-            output: Output = self.head(
-                features.float(), *([camids] if self.head.uses_camids else [])
-            )
+            output: Output = self.head(features, *([camids] if self.head.uses_camids else []))
         return output
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from reidreg import BACKBONES, Backbone
 from reidreg_plugins.backbones.hub import load_from_hub
+from reidreg_plugins.backbones.untrained import draw_weights
 from reidreg_plugins.backbones.weights import check_pretrained, is_file, load_weights_file
 
 
@@ -38,6 +39,8 @@ class ResNet(Backbone):
             remove_last_stride(net)
         if not stem_relu:
             net.act1 = nn.Identity()
+        if pretrained == "none":
+            draw_weights(net)
         self.dim = net.num_features
         self.net = net
 

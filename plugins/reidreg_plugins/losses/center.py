@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from reidreg import LOSSES, Loss, Output
+from reidreg_plugins.losses.precision import at_least_float32
 
 
 @LOSSES.register("center")
@@ -30,7 +31,7 @@ class Center(Loss):
         self.centers = nn.Parameter(torch.randn(num_classes, dim))
 
     def forward(self, output: Output, pids: Tensor) -> Tensor:
-        difference = output.features.float() - self.centers[pids]
+        difference = at_least_float32(output.features) - self.centers[pids]
         return difference.square().sum(dim=1).clamp(1e-12, 1e12).mean()
 
     def make_optimizer(self) -> Optimizer:

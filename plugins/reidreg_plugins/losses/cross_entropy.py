@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from reidreg import LOSSES, Loss, Output, ReidregError
+from reidreg_plugins.losses.precision import at_least_float32
 
 
 @LOSSES.register("cross_entropy")
@@ -28,4 +29,5 @@ class CrossEntropy(Loss):
     def forward(self, output: Output, pids: Tensor) -> Tensor:
         if output.logits is None:
             raise ReidregError("loss cross_entropy needs a head with a classifier; use head bnneck")
-        return cross_entropy(output.logits.float(), pids, label_smoothing=self.label_smoothing)
+        logits = at_least_float32(output.logits)
+        return cross_entropy(logits, pids, label_smoothing=self.label_smoothing)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from reidreg import LOSSES, Loss, Output
+from reidreg_plugins.losses.precision import at_least_float32
 
 
 @LOSSES.register("triplet")
@@ -30,7 +31,7 @@ class Triplet(Loss):
         self.margin = margin
 
     def forward(self, output: Output, pids: Tensor) -> Tensor:
-        positive, negative = hardest(euclidean(output.features.float()), pids)
+        positive, negative = hardest(euclidean(at_least_float32(output.features)), pids)
         gap = positive - negative
         if self.margin is None:
             return softplus(gap).mean()
