@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from reidreg import Batch, load_config, load_plugins
-from reidreg.data import Labels
 from reidreg.guard import Guard
+from reidreg.labels import Labels
 from reidreg.meter import Meter
 from reidreg.network import Network
 from reidreg.run import Progress, build_learner

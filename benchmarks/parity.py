@@ -20,6 +20,7 @@ import numpy as np
 from annotated_types import Ge
 
 from reidreg import SAMPLERS, Sampler, fit, load_config, load_plugins
+from reidreg.heap import keep_freed_memory
 from reidreg.logs import log_to_console
 
 REFERENCE = "reference, 917 steps: mAP 19.8 %, rank-1 35.6 %, loss 6.92 5.85 5.12 4.97 4.94"
@@ -95,6 +96,7 @@ def main() -> None:
             "output_dir": options.output,
         },
     )
+    keep_freed_memory()  # as `reidreg fit` does
     log_to_console()
     figures = fit(config, resume="auto" if options.resume else None)
     steps, losses = loss_by_epoch(Path(options.output) / "metrics.jsonl")

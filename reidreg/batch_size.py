@@ -9,11 +9,11 @@ import torch
 
 from reidreg.checkpoint import Checkpoint
 from reidreg.config import Config
-from reidreg.data import labels_of
 from reidreg.device_memory import describe_shortage, memory_of
 from reidreg.devices import choose_device
 from reidreg.errors import ConfigError, DataError, DeviceError, ReidregError
 from reidreg.interfaces import SAMPLERS
+from reidreg.labels import labels_of
 from reidreg.logs import logger
 from reidreg.processes.distributed import gather, world
 from reidreg.run import build_learner, read_training_set

@@ -26,9 +26,9 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from reidreg.config import Config, config_from_dict
-from reidreg.data import Labels
 from reidreg.errors import CheckpointError, DamagedError
 from reidreg.files import sync
+from reidreg.labels import Labels
 
 FORMAT = "reidreg checkpoint"
 VERSION = 1

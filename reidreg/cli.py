@@ -203,8 +203,8 @@ def _fit(arguments: list[str], trial: Trial | None) -> int:
 
         print(dump_yaml(config.as_dict()), end="")
         return 0
-    from reidreg.describe import evaluation_table
     from reidreg.logs import log_to_console, logger
+    from reidreg.table import evaluation_table
     from reidreg.training import fit
 
     log_to_console()
@@ -281,7 +281,6 @@ def evaluate_command(arguments: list[str]) -> int:
     )
     if own["query"] or own["gallery"]:
         raise ConfigError("--ckpt and --query/--gallery exclude each other")
-    from reidreg.describe import evaluation_table
     from reidreg.devices import choose_device
     from reidreg.evaluation import (
         cache_folder_of,
@@ -291,6 +290,7 @@ def evaluate_command(arguments: list[str]) -> int:
     )
     from reidreg.logs import log_to_console, logger
     from reidreg.processes.distributed import joined
+    from reidreg.table import evaluation_table
 
     log_to_console()
     output = Path(own["output"]) if own["output"] else run_folder_of(Path(ckpt))
@@ -322,10 +322,10 @@ def evaluate_command(arguments: list[str]) -> int:
 
 
 def _evaluate_features(evaluator: dict[str, Any], own: dict[str, Any], given: set[str]) -> int:
-    from reidreg.describe import evaluation_table
     from reidreg.evaluation import evaluate_features, write_metrics
     from reidreg.interfaces import EVALUATORS
     from reidreg.logs import log_to_console
+    from reidreg.table import evaluation_table
 
     if not (own["query"] and own["gallery"]):
         raise ConfigError("features are evaluated with both --query FILE and --gallery FILE")

@@ -1,4 +1,4 @@
-"""Samples to batches on the device: labels, loading, views."""
+"""Samples to batches on the device: loading and views."""
 
 from __future__ import annotations
 
@@ -21,66 +21,14 @@ from reidreg.cores import count_cores
 from reidreg.errors import DataError
 from reidreg.image_cache import ImageCache, open_image_cache
 from reidreg.images import load_images
-from reidreg.interfaces import Dataset, Sampler
+from reidreg.interfaces import Sampler
+from reidreg.labels import Labels
 from reidreg.phases import UNHEARD, Phases
 from reidreg.processes.lifeline import end_with_parent
 from reidreg.transforms import Augmentation
 from reidreg.values import Batch, Sample
 
 _MOST_WORKERS = 8  # more only wait for each other's memory
-
-
-@dataclass(frozen=True)
-class Labels:
-    """How training numbers identities and cameras: by rank among the sorted raw ids.
-
-    Args:
-        pids: The training identities; their positions are the labels.
-        camids: The training cameras; their positions are the indices.
-    """
-
-    pids: tuple[int, ...]
-    camids: tuple[int, ...]
-
-    def pid_labels(self, samples: Sequence[Sample]) -> list[int]:
-        """The label of each sample's identity."""
-        label = {pid: position for position, pid in enumerate(self.pids)}
-        return [label[sample.pid] for sample in samples]
-
-    def camera_indices(self, samples: Sequence[Sample]) -> list[int]:
-        """The index of each sample's camera, -1 for one that training did not see."""
-        index = {camid: position for position, camid in enumerate(self.camids)}
-        return [index.get(sample.camid, -1) for sample in samples]
-
-
-def training_samples(dataset: Dataset) -> list[Sample]:
-    """The training images of known identities: junk (pid -1) is left out.
-
-    Raises:
-        DataError: There are none, or of fewer than two identities.
-    """
-    samples = [sample for sample in dataset.train if sample.pid >= 0]
-    identities = {sample.pid for sample in samples}
-    if len(identities) < 2:
-        raise DataError(
-            f"the train split holds {len(samples)} images of {len(identities)} identities; "
-            "training needs at least 2 identities"
-        )
-    return samples
-
-
-def labels_of(samples: Sequence[Sample]) -> Labels:
-    """The numbering that training with these samples uses."""
-    return Labels(
-        pids=tuple(sorted({sample.pid for sample in samples})),
-        camids=tuple(sorted({sample.camid for sample in samples})),
-    )
-
-
-def statistics(samples: Sequence[Sample]) -> tuple[int, int, int]:
-    """Identities, images and cameras of a split; junk and distractors count as images alone."""
-    pids = {sample.pid for sample in samples if sample.pid >= 0}
-    return len(pids), len(samples), len({sample.camid for sample in samples})
 
 
 # --------------------------------------------------------------------- training

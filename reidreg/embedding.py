@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from reidreg.config import Config, InputConfig
-from reidreg.data import Labels, count_workers, eval_loader, loading_processes
+from reidreg.data import count_workers, eval_loader, loading_processes
 from reidreg.devices import autocast, choose_device, choose_precision, current
 from reidreg.errors import DataError
+from reidreg.labels import Labels
 from reidreg.logs import ProgressBar
 from reidreg.model import Model
 from reidreg.processes.distributed import collect_rows, world

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from reidreg.cache import FeatureCache
-from reidreg.checkpoint import Checkpoint, load_checkpoint
+from reidreg.checkpoint import Checkpoint
 from reidreg.config import Config
-from reidreg.embedding import Embedder, make_embedder
-from reidreg.errors import CheckpointError, ConfigError, DataError
+from reidreg.embedding import Embedder
+from reidreg.errors import ConfigError, DataError
 from reidreg.features import load_features
 from reidreg.files import replacing
 from reidreg.interfaces import DATASETS, EVALUATORS, Dataset, Evaluator
 from reidreg.logs import logger
-from reidreg.model import build_model
-from reidreg.parsing import Layer, load_config
+from reidreg.parsing import Layer
 from reidreg.processes.distributed import broadcast, world
+from reidreg.restore import open_checkpoint, restore_embedder
 from reidreg.values import Embeddings, Sample
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -43,31 +41,6 @@ def evaluate_dataset(
 # --------------------------------------------------------------------- from a checkpoint
 
 
-def open_checkpoint(
-    ckpt: str | Path, *layers: Layer, flags: Sequence[str] = ()
-) -> tuple[Checkpoint, Config]:
-    """A checkpoint, and its configuration under the given layers and flags."""
-    checkpoint = load_checkpoint(ckpt)
-    return checkpoint, load_config(checkpoint.config, *layers, flags=flags)
-
-
-def restore_embedder(checkpoint: Checkpoint, config: Config) -> Embedder:
-    """The model of a checkpoint, ready to embed.
-
-    Raises:
-        CheckpointError: The weights do not fit the configured model.
-    """
-    model = build_model(config, checkpoint.labels)
-    load_weights(model, checkpoint.model)
-    preprocessing = checkpoint.preprocessing
-    input_config = replace(
-        config.input,
-        mean=config.input.mean or preprocessing["mean"],
-        std=config.input.std or preprocessing["std"],
-    )
-    return make_embedder(model, checkpoint.labels, replace(config, input=input_config))
-
-
 def caching_embedder(
     checkpoint: Checkpoint, config: Config, cache: Path | None
 ) -> Embedder | FeatureCache:
@@ -81,28 +54,6 @@ def caching_embedder(
         return embedder
     parts = {"backbone": config.backbone.as_dict(), "head": config.head.as_dict()}
     return FeatureCache(embedder, parts, cache)
-
-
-def load_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load a state dict that must fit exactly.
-
-    Raises:
-        CheckpointError: It does not; the line shows the first keys with their shapes.
-    """
-    own = model.state_dict()
-    wrong = [
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    wrong += [f"{key} missing" for key in own if key not in state]
-    wrong += [f"{key} unknown" for key in state if key not in own]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(
-            f"the checkpoint does not fit the configured model: {', '.join(wrong[:3])}{more}"
-        )
-    model.load_state_dict(state)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from reidreg.errors import DataError
-from reidreg.evaluation import open_checkpoint, restore_embedder
 from reidreg.images import read_pixels, stack_resized
+from reidreg.restore import open_checkpoint, restore_embedder
 from reidreg.thresholds import stored_threshold
 
 Crop = str | Path | Image.Image | NDArray[np.uint8]

@@ -21,7 +21,7 @@ from typing import Any
 from reidreg.config import RunConfig, advice
 from reidreg.errors import ConfigError, did_you_mean
 from reidreg.interfaces import BACKBONES, DATASETS, IMAGENET_MEAN, IMAGENET_STD
-from reidreg.optimizers import optimizer_class
+from reidreg.optimizer_names import optimizer_class
 from reidreg.parsing import load_config
 from reidreg.schema import options_of
 from reidreg.yamlfile import dump_yaml, read_yaml

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from reidreg.config import Config
-from reidreg.data import Labels
 from reidreg.interfaces import BACKBONES, HEADS, Backbone, Head
+from reidreg.labels import Labels
 from reidreg.values import Output
 
 

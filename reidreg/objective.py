@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reidreg.config import Config
-from reidreg.data import Labels
 from reidreg.interfaces import LOSSES, Loss
+from reidreg.labels import Labels
 from reidreg.values import Output
 
 

@@ -482,9 +482,9 @@ def _unnamed_section(key: str, groups: list[Group]) -> str | None:
 
 def check_optimizer(config: Config) -> None:
     """Raise ConfigError for an optimizer that does not exist, or lacks one of the options."""
-    from reidreg import optimizers  # imports torch: only once a configuration is whole
+    from reidreg import optimizer_names  # imports torch: only once a configuration is whole
 
-    optimizers.check_optimizer(config.optimizer)
+    optimizer_names.check_optimizer(config.optimizer)
 
 
 def _check_complete(names: Mapping[str, str], sections: tuple[str, ...]) -> None:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from reidreg.describe import describe_evaluation, log_figures
 from reidreg.device_memory import describe_shortage, memory_of
 from reidreg.embedding import embeddings_of
 from reidreg.errors import ConfigError, DeviceError
@@ -23,6 +22,7 @@ from reidreg.logs import logger
 from reidreg.processes.distributed import broadcast, world
 from reidreg.run import Run
 from reidreg.sizes import size_in_text
+from reidreg.table import describe_evaluation, log_figures
 from reidreg.trial import Memory, Trial, missing_state, undisturbed
 from reidreg.values import Embeddings, Sample
 

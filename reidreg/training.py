@@ -18,11 +18,11 @@ from reidreg.batch_size import with_batch_size
 from reidreg.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reidreg.config import Config
 from reidreg.data import loading_processes
-from reidreg.describe import announce, describe_evaluation, describe_step, log_figures
+from reidreg.describe import announce, describe_step
 from reidreg.device_memory import describe_shortage
 from reidreg.devices import choose_device
 from reidreg.errors import ConfigError, DataError, DeviceError, InterruptedRun
-from reidreg.evaluation import evaluate_dataset, load_weights, write_metrics
+from reidreg.evaluation import evaluate_dataset, write_metrics
 from reidreg.logs import MetricsLog, ProgressBar, log_to_nobody, logger, start_wandb
 from reidreg.optimizers import set_learning_rate
 from reidreg.phases import DATA, UNHEARD, Phases
@@ -38,10 +38,13 @@ from reidreg.processes.distributed import (
 )
 from reidreg.processes.generators import draw_alike
 from reidreg.profiling import Bystander, Profile
+from reidreg.restore import load_weights
 from reidreg.resuming import check_resume
-from reidreg.run import Run, build_run, capture, restore, start_weights
+from reidreg.run import Run, build_run, start_weights
 from reidreg.runfolder import RunFolder
 from reidreg.signals import StopSignals
+from reidreg.state import capture, restore
+from reidreg.table import describe_evaluation, log_figures
 from reidreg.values import Batch
 from reidreg.world import launched
 

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from reidreg import Checkpoint, load_checkpoint, load_config
 from reidreg.checkpoint import VERSION, remove_partial_files, save_checkpoint
-from reidreg.data import Labels
 from reidreg.errors import CheckpointError
+from reidreg.labels import Labels
 
 Tree = Any
 

@@ -11,7 +11,8 @@ import yaml
 from reidreg import load_config
 from reidreg.config import PART_SECTIONS, advice, config_from_dict
 from reidreg.interfaces import REGISTRIES
-from reidreg.optimizers import make_schedule, optimizer_class
+from reidreg.optimizer_names import optimizer_class
+from reidreg.optimizers import make_schedule
 from reidreg.parsing import find_config, shipped_configs
 from reidreg.schedules import SCHEDULES
 from reidreg.yamlfile import dump_yaml, parse_yaml

@@ -13,15 +13,8 @@ from PIL import Image
 
 from reidreg import SAMPLERS, DataError, Dataset, Sample, Sampler
 from reidreg.config import CacheSetting, InputConfig
-from reidreg.data import (
-    Labels,
-    TrainLoader,
-    count_workers,
-    eval_loader,
-    labels_of,
-    statistics,
-    training_samples,
-)
+from reidreg.data import TrainLoader, count_workers, eval_loader
+from reidreg.labels import Labels, labels_of, statistics, training_samples
 from reidreg.transforms import Augmentation, Normalisation
 from reidreg.values import Batch
 

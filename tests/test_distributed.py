@@ -33,11 +33,11 @@ from reidreg import (
     load_config,
 )
 from reidreg.cli import main
-from reidreg.data import labels_of
 from reidreg.embedding import make_embedder
 from reidreg.errors import ConfigError, DataError, DeviceError, RankError
 from reidreg.evaluation import evaluate_checkpoint
 from reidreg.interfaces import Sampler
+from reidreg.labels import labels_of
 from reidreg.model import build_model
 from reidreg.network import Network
 from reidreg.objective import Objective

@@ -48,14 +48,14 @@ from reidreg.evaluation import (
     caching_embedder,
     evaluate_checkpoint,
     evaluate_features,
-    open_checkpoint,
-    restore_embedder,
     write_metrics,
 )
 from reidreg.files import replacing
 from reidreg.interfaces import EVALUATORS
+from reidreg.restore import open_checkpoint, restore_embedder
 from reidreg.resuming import changes_between
-from reidreg.run import build_run, capture
+from reidreg.run import build_run
+from reidreg.state import capture
 
 
 def some_embeddings(count: int = 6, width: int = 5, seed: int = 0) -> Embeddings:

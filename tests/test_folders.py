@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from reidreg import DATASETS, DataError, Dataset, Sample
-from reidreg.data import statistics
 from reidreg.errors import ConfigError
+from reidreg.labels import statistics
 from reidreg_plugins.datasets.aihub_kaist import OFFICIAL
 
 # Names of the real data sets.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from reidreg import LOSSES, Loss, Output, load_config
-from reidreg.data import Labels
+from reidreg.labels import Labels
 from reidreg.objective import Objective, build_objective, over_branches
 
 PIDS = torch.tensor([0, 0, 1, 2, 2, 2])

@@ -11,15 +11,8 @@ from torch import nn
 from reidreg import BACKBONES, load_plugins
 from reidreg.config import OptimizerConfig
 from reidreg.errors import ConfigError
-from reidreg.optimizers import (
-    check_optimizer,
-    layer_scales,
-    make_optimizer,
-    optimizer_class,
-    parameter_groups,
-    set_learning_rate,
-    torch_optimizers,
-)
+from reidreg.optimizer_names import check_optimizer, optimizer_class, torch_optimizers
+from reidreg.optimizers import layer_scales, make_optimizer, parameter_groups, set_learning_rate
 
 load_plugins()
 

@@ -862,7 +862,7 @@ def watch(event, arguments):
         if os.environ["DATA"] in path or writes or event == "os.mkdir":
             touched.append((event, path))
 from reidreg.cli import main
-import reidreg.interfaces, reidreg.optimizers, torch
+import reidreg.interfaces, reidreg.optimizer_names, torch
 reidreg.interfaces.LOSSES.names()
 sys.dont_write_bytecode = True
 sys.addaudithook(watch)

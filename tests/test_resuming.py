@@ -13,8 +13,8 @@ import pytest
 from reidreg import Config, load_config
 from reidreg.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reidreg.config import FIXED_SECTIONS, PART_SECTIONS, RunConfig
-from reidreg.data import Labels
 from reidreg.errors import CheckpointError, DamagedError
+from reidreg.labels import Labels
 from reidreg.resuming import ALLOWED, BETWEEN_EPOCHS, REFUSED, RULES, check_resume, rule_of
 from reidreg.runfolder import RunFolder
 

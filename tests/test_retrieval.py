@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from reidreg import EVALUATORS, DataError, Embeddings, Sample, load_config
-from reidreg.describe import describe_evaluation, evaluation_table, log_figures
 from reidreg.errors import ConfigError
 from reidreg.retrieval.bootstrap import bootstrap_intervals
 from reidreg.retrieval.ranking import match_positions
 from reidreg.retrieval.singleshot import single_shot_positions
+from reidreg.table import describe_evaluation, evaluation_table, log_figures
 
 FIGURES = {"mAP", "mINP", "rank1", "rank5", "rank10", "cmc"}
 COUNTS = {"num_queries", "num_valid_queries", "num_gallery"}

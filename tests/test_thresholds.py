@@ -13,8 +13,8 @@ from conftest import Command, as_flags
 from reidreg import FeatureExtractor, fit, load_checkpoint, load_config
 from reidreg.checkpoint import Checkpoint, save_checkpoint
 from reidreg.cli import main
-from reidreg.data import Labels
 from reidreg.errors import CheckpointError, ConfigError
+from reidreg.labels import Labels
 from reidreg.thresholds import check_threshold_wanted, store_threshold, stored_threshold
 
 VERIFICATION = {

@@ -22,7 +22,8 @@ from reidreg import Config, fit, load_checkpoint, load_config
 from reidreg.checkpoint import save_checkpoint
 from reidreg.errors import CheckpointError, ConfigError, DataError, DivergedError
 from reidreg.guard import Guard
-from reidreg.run import Run, build_run, capture, start_weights
+from reidreg.run import Run, build_run, start_weights
+from reidreg.state import capture
 from reidreg.training import train_step
 
 Values = dict[str, Any]
@@ -299,7 +300,8 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before_and_no_number_cha
 
 
 def test_a_run_in_full_precision_goes_on_with_a_scaled_loss(tiny: Values) -> None:
-    from reidreg.run import build_run, capture, restore
+    from reidreg.run import build_run
+    from reidreg.state import capture, restore
 
     saved = capture(build_run(configure(tiny)))
     run = build_run(configure(tiny, train__precision="fp16"))

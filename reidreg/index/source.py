@@ -13,10 +13,11 @@ import torch
 from reidreg.checkpoint import Checkpoint, digest_of, load_checkpoint
 from reidreg.config import Config
 from reidreg.errors import ConfigError, DataError
-from reidreg.evaluation import extract_checkpoint, folder_samples, restore_embedder
+from reidreg.evaluation import extract_checkpoint, folder_samples
 from reidreg.features import load_features
 from reidreg.index.gallery import FeatureModel, GalleryIndex, Threshold
 from reidreg.parsing import Layer, load_config
+from reidreg.restore import restore_embedder
 from reidreg.values import Embeddings, Sample
 
 _FEATURE_SUFFIXES = (".npz", ".safetensors")
