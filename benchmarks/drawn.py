@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from reidreg import Batch, load_config, load_plugins
-from reidreg.processes.distributed import world
-from reidreg.run import Run, build_run
+from reidreg.distributed.group import world
+from reidreg.training.run import Run, build_run
 
 PEOPLE = 64
 INSTANCES = 4

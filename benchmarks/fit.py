@@ -25,10 +25,10 @@ import torch
 from drawn import make_batch, make_run, start_process
 
 from reidreg import Batch
-from reidreg.heap import keep_freed_memory
-from reidreg.processes.distributed import joined, wait
-from reidreg.run import Run
-from reidreg.training import train_step
+from reidreg.distributed.group import joined, wait
+from reidreg.machine.malloc import keep_freed_memory
+from reidreg.training.loop import train_step
+from reidreg.training.run import Run
 
 CPU = torch.device("cpu")
 

@@ -34,12 +34,12 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from reidreg import DATASETS, SAMPLERS, load_plugins, synthesize
-from reidreg.config import InputConfig
-from reidreg.data import TrainLoader
-from reidreg.image_cache import open_image_cache
-from reidreg.images import read_pixels, resize, stack_resized
-from reidreg.labels import labels_of, training_samples
-from reidreg.transforms import Augmentation, Normalisation
+from reidreg.config.sections import InputConfig
+from reidreg.data.image_cache import open_image_cache
+from reidreg.data.images import read_pixels, resize, stack_resized
+from reidreg.data.labels import labels_of, training_samples
+from reidreg.data.loading import TrainLoader
+from reidreg.data.transforms import Augmentation, Normalisation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 64

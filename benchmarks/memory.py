@@ -27,13 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from reidreg import Batch, load_config, load_plugins
-from reidreg.guard import Guard
-from reidreg.labels import Labels
-from reidreg.meter import Meter
-from reidreg.network import Network
-from reidreg.run import Progress, build_learner
-from reidreg.training import train_step
-from reidreg.transforms import Augmentation
+from reidreg.data.labels import Labels
+from reidreg.data.transforms import Augmentation
+from reidreg.training.divergence import Guard
+from reidreg.training.forward import Network
+from reidreg.training.loop import train_step
+from reidreg.training.meter import Meter
+from reidreg.training.run import Progress, build_learner
 
 MIB = 2**20
 BLOCK = 512  # bytes: what torch rounds every tensor's memory on a GPU up to

@@ -20,8 +20,8 @@ import numpy as np
 from annotated_types import Ge
 
 from reidreg import SAMPLERS, Sampler, fit, load_config, load_plugins
-from reidreg.heap import keep_freed_memory
-from reidreg.logs import log_to_console
+from reidreg.logs.console import log_to_console
+from reidreg.machine.malloc import keep_freed_memory
 
 REFERENCE = "reference, 917 steps: mAP 19.8 %, rank-1 35.6 %, loss 6.92 5.85 5.12 4.97 4.94"
 LOG_EVERY = 20

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from reidreg import Batch
-from reidreg.heap import keep_freed_memory
-from reidreg.run import Run
-from reidreg.training import train_step
+from reidreg.machine.malloc import keep_freed_memory
+from reidreg.training.loop import train_step
+from reidreg.training.run import Run
 
 PRODUCT = 2048  # rows of the square matrices whose product is the floor's measure
 

@@ -12,56 +12,56 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _HOMES = {
-    "BACKBONES": "interfaces",
-    "Backbone": "interfaces",
+    "BACKBONES": "parts.interfaces",
+    "Backbone": "parts.interfaces",
     "Batch": "values",
-    "Checkpoint": "checkpoint",
-    "Config": "config",
-    "DATASETS": "interfaces",
+    "Checkpoint": "model.checkpoint",
+    "Config": "config.sections",
+    "DATASETS": "parts.interfaces",
     "DataError": "errors",
-    "Dataset": "interfaces",
-    "EVALUATORS": "interfaces",
+    "Dataset": "parts.interfaces",
+    "EVALUATORS": "parts.interfaces",
     "Embeddings": "values",
-    "Evaluator": "interfaces",
-    "FeatureExtractor": "extractor",
+    "Evaluator": "parts.interfaces",
+    "FeatureExtractor": "model.extractor",
     "GalleryIndex": "index.gallery",
-    "HEADS": "interfaces",
-    "Head": "interfaces",
-    "LOSSES": "interfaces",
-    "Loss": "interfaces",
+    "HEADS": "parts.interfaces",
+    "Head": "parts.interfaces",
+    "LOSSES": "parts.interfaces",
+    "Loss": "parts.interfaces",
     "MatchPositions": "retrieval.ranking",
     "Output": "values",
-    "ProgressBar": "logs",
-    "Registry": "registry",
+    "ProgressBar": "logs.console",
+    "Registry": "parts.registry",
     "ReidregError": "errors",
-    "SAMPLERS": "interfaces",
+    "SAMPLERS": "parts.interfaces",
     "Sample": "values",
-    "Sampler": "interfaces",
+    "Sampler": "parts.interfaces",
     "average_precisions": "retrieval.metrics",
     "bootstrap_intervals": "retrieval.bootstrap",
     "camera_pairs": "retrieval.cameras",
     "check_impostors": "retrieval.verification",
     "check_matchable": "retrieval.matching",
     "clipping_note": "retrieval.reranking",
-    "evaluate": "evaluation",
-    "evaluate_checkpoint": "evaluation",
-    "evaluate_features": "evaluation",
+    "evaluate": "evaluation.evaluate",
+    "evaluate_checkpoint": "evaluation.evaluate",
+    "evaluate_features": "evaluation.evaluate",
     "expand_queries": "retrieval.expansion",
-    "extract": "evaluation",
-    "fit": "training",
-    "load_checkpoint": "checkpoint",
-    "load_config": "parsing",
-    "load_features": "features",
-    "load_plugins": "plugins",
+    "extract": "evaluation.evaluate",
+    "fit": "training.loop",
+    "load_checkpoint": "model.checkpoint",
+    "load_config": "config.parsing",
+    "load_features": "model.feature_files",
+    "load_plugins": "parts.plugins",
     "match_positions": "retrieval.ranking",
     "match_positions_of_rows": "retrieval.ranking",
-    "ranked_lists": "retrieval.neighbours",
+    "ranked_lists": "retrieval.ranked_lists",
     "rerank_rows": "retrieval.reranking",
     "retrieval_figures": "retrieval.metrics",
-    "save_features": "features",
+    "save_features": "model.feature_files",
     "single_shot_positions": "retrieval.singleshot",
     "single_shot_positions_of_rows": "retrieval.singleshot",
-    "synthesize": "synthesis",
+    "synthesize": "synthesis.dataset",
     "verification_figures": "retrieval.verification",
     "write_report": "report",
 }
@@ -122,14 +122,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from reidreg.checkpoint import Checkpoint, load_checkpoint
-    from reidreg.config import Config
+    from reidreg.config.parsing import load_config
+    from reidreg.config.sections import Config
     from reidreg.errors import DataError, ReidregError
-    from reidreg.evaluation import evaluate, evaluate_checkpoint, evaluate_features, extract
-    from reidreg.extractor import FeatureExtractor
-    from reidreg.features import load_features, save_features
+    from reidreg.evaluation.evaluate import (
+        evaluate,
+        evaluate_checkpoint,
+        evaluate_features,
+        extract,
+    )
     from reidreg.index.gallery import GalleryIndex
-    from reidreg.interfaces import (
+    from reidreg.logs.console import ProgressBar
+    from reidreg.model.checkpoint import Checkpoint, load_checkpoint
+    from reidreg.model.extractor import FeatureExtractor
+    from reidreg.model.feature_files import load_features, save_features
+    from reidreg.parts.interfaces import (
         BACKBONES,
         DATASETS,
         EVALUATORS,
@@ -143,23 +150,21 @@ if TYPE_CHECKING:
         Loss,
         Sampler,
     )
-    from reidreg.logs import ProgressBar
-    from reidreg.parsing import load_config
-    from reidreg.plugins import load_plugins
-    from reidreg.registry import Registry
+    from reidreg.parts.plugins import load_plugins
+    from reidreg.parts.registry import Registry
     from reidreg.report import write_report
     from reidreg.retrieval.bootstrap import bootstrap_intervals
     from reidreg.retrieval.cameras import camera_pairs
     from reidreg.retrieval.expansion import expand_queries
     from reidreg.retrieval.matching import check_matchable
     from reidreg.retrieval.metrics import average_precisions, retrieval_figures
-    from reidreg.retrieval.neighbours import ranked_lists
+    from reidreg.retrieval.ranked_lists import ranked_lists
     from reidreg.retrieval.ranking import MatchPositions, match_positions, match_positions_of_rows
     from reidreg.retrieval.reranking import clipping_note, rerank_rows
     from reidreg.retrieval.singleshot import single_shot_positions, single_shot_positions_of_rows
     from reidreg.retrieval.verification import check_impostors, verification_figures
-    from reidreg.synthesis import synthesize
-    from reidreg.training import fit
+    from reidreg.synthesis.dataset import synthesize
+    from reidreg.training.loop import fit
     from reidreg.values import Batch, Embeddings, Output, Sample
 
 

@@ -1,3 +1,3 @@
-from reidreg.cli import main
+from reidreg.cli.main import main
 
 raise SystemExit(main())

@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "disabled"
 
 from reidreg import synthesize
-from reidreg.cli import main
-from reidreg.logs import logger
+from reidreg.cli.main import main
+from reidreg.logs.console import logger
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

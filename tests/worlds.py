@@ -15,7 +15,7 @@ from typing import Any
 
 # Its processes are forked from one that has imported what takes seconds, and has no threads.
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["torch", "torchvision", "reidreg.training", "reidreg_plugins"])
+FORKING.set_forkserver_preload(["torch", "torchvision", "reidreg.training.loop", "reidreg_plugins"])
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from reidreg.retrieval.distances import IntArray, check_choice, spans
-from reidreg.retrieval.nearest import SPARE, Float32Array, Mask, Space, Vectors, select
+from reidreg.retrieval.index_search import SPARE, Float32Array, Mask, Space, Vectors, select
 
 TYPES = ("flat", "ivf", "hnsw", "pq")
 FLAT_BYTES = 2 * 2**30  # up to here, comparing with everything takes a fraction of a second

@@ -23,9 +23,9 @@ from reidreg.index.approximate import (
 )
 from reidreg.index.files import Contents, Items, read_contents, write_contents
 from reidreg.locking import exclusive
-from reidreg.logs import logger
+from reidreg.logs.console import logger
 from reidreg.retrieval.distances import Features, FloatArray, IntArray, Side, check_at_least
-from reidreg.retrieval.nearest import (
+from reidreg.retrieval.index_search import (
     BruteForce,
     Float32Array,
     Mask,

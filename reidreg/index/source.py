@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from reidreg.checkpoint import Checkpoint, digest_of, load_checkpoint
-from reidreg.config import Config
+from reidreg.config.parsing import Layer, load_config
+from reidreg.config.sections import Config
 from reidreg.errors import ConfigError, DataError
-from reidreg.evaluation import extract_checkpoint, folder_samples
-from reidreg.features import load_features
+from reidreg.evaluation.evaluate import extract_checkpoint, folder_samples
 from reidreg.index.gallery import FeatureModel, GalleryIndex, Threshold
-from reidreg.parsing import Layer, load_config
-from reidreg.restore import restore_embedder
+from reidreg.model.checkpoint import Checkpoint, digest_of, load_checkpoint
+from reidreg.model.feature_files import load_features
+from reidreg.model.restore import restore_embedder
 from reidreg.values import Embeddings, Sample
 
 _FEATURE_SUFFIXES = (".npz", ".safetensors")

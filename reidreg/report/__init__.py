@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from reidreg.errors import DataError
-from reidreg.evaluation import Evaluation
+from reidreg.evaluation.evaluate import Evaluation
 from reidreg.files import PRIVATE, replacing
-from reidreg.logs import logger
+from reidreg.logs.console import logger
+from reidreg.report.contact_sheet import draw_sheet
 from reidreg.report.galleries import RankedQuery, ranked_queries
 from reidreg.report.page import render_page
 from reidreg.report.plots import draw_cmc, draw_scores
-from reidreg.report.sheet import draw_sheet
 from reidreg.report.thumbnails import Thumbnails
 
 _SHEET_ROWS = 4

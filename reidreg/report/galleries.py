@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reidreg.errors import DataError
-from reidreg.evaluation import Evaluation
+from reidreg.evaluation.evaluate import Evaluation
 from reidreg.values import Embeddings
 
 Verdict = Literal["match", "miss", "left out"]

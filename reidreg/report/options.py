@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from reidreg.interfaces import EVALUATORS
-from reidreg.schema import options_of
+from reidreg.parts.interfaces import EVALUATORS
+from reidreg.parts.schema import options_of
 
 _WANTED = {"bootstrap": 1000, "cameras": True, "verification": True}
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from reidreg import __version__
-from reidreg.evaluation import Evaluation
+from reidreg.evaluation.evaluate import Evaluation
 from reidreg.report.cameras import camera_matrix
 from reidreg.report.charts import HEIGHT, TALL, cmc_chart, score_chart
 from reidreg.report.figures import blocks, figure_table, is_number, skipped

@@ -8,8 +8,8 @@ import statistics
 
 from PIL import Image
 
+from reidreg.data.images import read_image
 from reidreg.errors import DataError
-from reidreg.images import read_image
 
 # Twice what the page shows, for screens of two pixels to a point.
 _LARGEST = (96, 192)

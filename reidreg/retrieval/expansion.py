@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reidreg.retrieval.distances import check_at_least, spans
-from reidreg.retrieval.neighbours import ranked_lists
+from reidreg.retrieval.ranked_lists import ranked_lists
 from reidreg.values import Embeddings
 
 _HELD = 2**22  # numbers of neighbours' vectors that are held in float64 at a time

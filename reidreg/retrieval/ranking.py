@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reidreg.cores import one_thread_for_numpy
 from reidreg.errors import DataError
+from reidreg.machine.cores import one_thread_for_numpy
 from reidreg.retrieval.distances import (
     Distances,
     FloatArray,

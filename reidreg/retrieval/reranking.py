@@ -36,7 +36,7 @@ from reidreg.retrieval.distances import (
     ragged,
     spans,
 )
-from reidreg.retrieval.graph import neighbour_graph
+from reidreg.retrieval.knn_graph import neighbour_graph
 
 _BLOCK = 512  # images whose codes are made together
 _PIECE = 1024  # gallery vectors that are held in float64

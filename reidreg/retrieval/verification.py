@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from reidreg.errors import ConfigError, DataError
 from reidreg.retrieval.distances import FloatArray, IntArray
 from reidreg.retrieval.matching import JUNK, Ids
-from reidreg.retrieval.pairs import CELLS, PairCounts, count_pairs, histogram
+from reidreg.retrieval.pair_histogram import CELLS, PairCounts, count_pairs, histogram
 from reidreg.retrieval.ranking import MatchPositions, Progress
 from reidreg.values import Embeddings
 

@@ -1,0 +1,85 @@
+"""A run as a trial of a Weights & Biases sweep: what `wandb agent` says, and what it understands.
+
+The agent starts `reidreg fit` with a flag for each parameter of the trial, and stops it with
+SIGTERM. It says who the trial is in two environment variables, which are the whole of its
+interface here: nothing is imported from wandb.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from reidreg.config.sections import Config
+from reidreg.errors import InterruptedRun
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    Args:
+        sweep: The sweep's id.
+        run: The run's id.
+    """
+
+    sweep: str
+    run: str
+
+    @classmethod
+    def under_way(cls, environment: Mapping[str, str] = os.environ) -> Trial | None:
+        """The trial that an agent started this process as, or None."""
+        sweep, run = environment.get("WANDB_SWEEP_ID"), environment.get("WANDB_RUN_ID")
+        return cls(sweep.rpartition("/")[2], run) if sweep and run else None
+
+    def in_its_own_folder(self, config: Config) -> Config:
+        """A configuration with the trial's ids behind `output_dir`, so that no two trials meet."""
+        folder = Path(config.output_dir) / self.sweep / self.run
+        return replace(config, output_dir=str(folder))
+
+    def unseen(self, config: Config) -> str | None:
+        """A line for a configuration whose figures the sweep does not get, else None."""
+        if config.wandb.mode == "online":
+            return None
+        return f"wandb.mode is {config.wandb.mode}: the sweep sees no figures of this trial"
+
+
+def flags_of_agent(flags: Sequence[str]) -> list[str]:
+    """An agent's flags with null for None: it writes values as Python shows them."""
+    return [f"{flag[:-4]}null" if _is_none(flag) else flag for flag in flags]
+
+
+def _is_none(flag: str) -> bool:
+    return flag.startswith("--") and flag.endswith("=None")
+
+
+@contextlib.contextmanager
+def ended_by_its_signal() -> Iterator[None]:
+    """Let a run that a signal stopped end the process by that signal, when all else is done.
+
+    To an agent every exit code above 0 is a failure, and it gives up on a sweep whose first
+    trials all fail. A stopped trial is none, and early termination stops many; of a process that
+    a signal has ended the code is below 0. A shell sees 128 more than the signal either way.
+    """
+    received: list[int] = []
+    # What is registered first is called last: this is before torch and wandb have come.
+    atexit.register(_end_by, received)
+    try:
+        yield
+    except InterruptedRun as stop:
+        received.append(stop.signum)
+        raise
+
+
+def _end_by(received: Sequence[int]) -> None:
+    for signum in received:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)

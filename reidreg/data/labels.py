@@ -1,0 +1,63 @@
+"""The numbering of identities and cameras in training, and what a split holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reidreg.errors import DataError
+from reidreg.parts.interfaces import Dataset
+from reidreg.values import Sample
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How training numbers identities and cameras: by rank among the sorted raw ids.
+
+    Args:
+        pids: The training identities; their positions are the labels.
+        camids: The training cameras; their positions are the indices.
+    """
+
+    pids: tuple[int, ...]
+    camids: tuple[int, ...]
+
+    def pid_labels(self, samples: Sequence[Sample]) -> list[int]:
+        """The label of each sample's identity."""
+        label = {pid: position for position, pid in enumerate(self.pids)}
+        return [label[sample.pid] for sample in samples]
+
+    def camera_indices(self, samples: Sequence[Sample]) -> list[int]:
+        """The index of each sample's camera, -1 for one that training did not see."""
+        index = {camid: position for position, camid in enumerate(self.camids)}
+        return [index.get(sample.camid, -1) for sample in samples]
+
+
+def training_samples(dataset: Dataset) -> list[Sample]:
+    """The training images of known identities: junk (pid -1) is left out.
+
+    Raises:
+        DataError: There are none, or of fewer than two identities.
+    """
+    samples = [sample for sample in dataset.train if sample.pid >= 0]
+    identities = {sample.pid for sample in samples}
+    if len(identities) < 2:
+        raise DataError(
+            f"the train split holds {len(samples)} images of {len(identities)} identities; "
+            "training needs at least 2 identities"
+        )
+    return samples
+
+
+def labels_of(samples: Sequence[Sample]) -> Labels:
+    """The numbering that training with these samples uses."""
+    return Labels(
+        pids=tuple(sorted({sample.pid for sample in samples})),
+        camids=tuple(sorted({sample.camid for sample in samples})),
+    )
+
+
+def statistics(samples: Sequence[Sample]) -> tuple[int, int, int]:
+    """Identities, images and cameras of a split; junk and distractors count as images alone."""
+    pids = {sample.pid for sample in samples if sample.pid >= 0}
+    return len(pids), len(samples), len({sample.camid for sample in samples})

@@ -1,0 +1,83 @@
+"""What a run says to people as it trains: lines and a table of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from reidreg.config.sections import TRAINING_FIGURES, advice
+from reidreg.data.labels import statistics
+from reidreg.logs.console import logger
+from reidreg.model.model import count_parameters
+from reidreg.parts.interfaces import Dataset
+from reidreg.training.run import Run
+from reidreg.values import Sample
+
+
+def announce(run: Run) -> None:
+    """Log what is about to be trained, on what, and how."""
+    config, embedder = run.config, run.embedder
+    for line in statistics_table(run.dataset):
+        logger.info("%s", line)
+    if run.validation is not run.dataset:
+        logger.info("%s", describe_held_out(run.validation))
+    total, trained = count_parameters(run.model)
+    frozen = f", {trained:,} of them trained" if trained != total else ""
+    name = f"{config.backbone.name} + {config.head.name}"
+    logger.info("model: %s, %s parameters%s", name, f"{total:,}", frozen)
+    terms = [f"{loss.weight:g} x {term}" for term, loss in config.losses.items() if loss.weight]
+    logger.info("loss: %s", " + ".join(terms))
+    height, width = embedder.input.size
+    logger.info(
+        "training: %d epochs of %d steps, input %d x %d, %s on %s, %d loading processes",
+        config.train.epochs,
+        len(run.sampler),
+        height,
+        width,
+        str(embedder.dtype).removeprefix("torch."),
+        embedder.device,
+        run.loader.workers,
+    )
+    for line in advice(config):
+        logger.warning("note: %s", line)
+
+
+def statistics_table(dataset: Dataset) -> list[str]:
+    """Identities, images and cameras of each split, with the folders and notes of the data set."""
+    folders = dataset.folders()
+    lines = [f"{split} folder: {folder}" for split, folder in folders.items()]
+    rule = "-" * 42
+    lines += [rule, "subset   |   # ids |  # images | # cameras", rule]
+    for split in ("train", "query", "gallery"):
+        samples: Sequence[Sample] = getattr(dataset, split)
+        ids, images, cameras = statistics(samples)
+        lines.append(f"{split:<8} | {ids:>7,} | {images:>9,} | {cameras:>9,}")
+    return [*lines, rule, *(f"note: {note}" for note in dataset.notes())]
+
+
+def describe_held_out(people: Dataset) -> str:
+    """A line on the training identities that are held out for validation."""
+    query, gallery = people.query, people.gallery
+    ids, images, _ = statistics([*query, *gallery])
+    return (
+        f"held out of training for validation: {ids:,} identities, {images:,} images "
+        f"({len(query):,} queries, {len(gallery):,} in the gallery)"
+    )
+
+
+def describe_step(figures: Mapping[str, float], batch: int, steps: int, epochs: int) -> str:
+    """A log line of training."""
+    terms = " ".join(
+        f"{key.removeprefix('train/')} {figures[key]:.4f}"
+        for key in figures
+        if key.startswith("train/") and key not in _APART
+    )
+    accuracy = figures.get("train/accuracy")
+    shown = "" if accuracy is None else f" accuracy {accuracy:.3f}"
+    return (
+        f"epoch {figures['epoch']:.0f}/{epochs} step {batch}/{steps} {terms}{shown} "
+        f"lr {figures['train/lr']:.3g} {figures['train/images_per_second']:.0f} images/s, "
+        f"{figures['train/data_wait']:.0%} waiting for data"
+    )
+
+
+_APART = {f"train/{name}" for name in TRAINING_FIGURES} - {"train/loss"}

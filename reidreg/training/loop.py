@@ -1,0 +1,374 @@
+"""Training: `fit` from top to bottom.
+
+configuration -> parts -> batches -> Output -> losses -> step -> evaluation -> checkpoint
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from reidreg.config.sections import Config
+from reidreg.data.loading import loading_processes
+from reidreg.distributed.group import (
+    broadcast,
+    broadcast_state,
+    joined,
+    main_first,
+    together,
+    wait,
+    world,
+)
+from reidreg.distributed.random_state import draw_alike
+from reidreg.errors import ConfigError, DataError, DeviceError, InterruptedRun
+from reidreg.evaluation.evaluate import evaluate_dataset, write_metrics
+from reidreg.evaluation.table import describe_evaluation, log_figures
+from reidreg.logs.console import MetricsLog, ProgressBar, log_to_nobody, logger, start_wandb
+from reidreg.logs.step_phases import DATA, UNHEARD, Phases
+from reidreg.machine.devices import choose_device
+from reidreg.machine.gpu_memory import describe_shortage
+from reidreg.machine.world import launched
+from reidreg.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from reidreg.model.restore import load_weights
+from reidreg.training.announce import announce, describe_step
+from reidreg.training.batch_size import with_batch_size
+from reidreg.training.optimizers import set_learning_rate
+from reidreg.training.preflight import preflight
+from reidreg.training.profiling import Bystander, Profile
+from reidreg.training.resuming import check_resume
+from reidreg.training.run import Run, build_run, start_weights
+from reidreg.training.runfolder import RunFolder
+from reidreg.training.signals import StopSignals
+from reidreg.training.state import capture, restore
+from reidreg.values import Batch
+
+
+def fit(config: Config, resume: str | None = None, profile: int = 0) -> dict[str, Any]:
+    """Train a model, evaluating as it goes and at the end.
+
+    With `validation.identities` the evaluations are of held-out training identities, and the best
+    model of the run is evaluated on query and gallery when all is done.
+
+    Args:
+        config: What to train, from `load_config`.
+        resume: `auto` goes on from the newest checkpoint in `output_dir`, if there is one; a path
+            goes on from that file; None starts a new run and sets an earlier one's files aside.
+        profile: How many steps to time, and to record in `output_dir`/profile; 0 for none.
+
+    Returns:
+        The last evaluation's figures, fractions 0..1.
+
+    Raises:
+        ReidregError: Something that the user can fix; see its subclasses.
+        DivergedError: The loss or a gradient is not finite.
+        InterruptedRun: SIGINT or SIGTERM came, and the state is saved.
+    """
+    if profile < 0:
+        raise ConfigError(f"--profile: {profile} is no number of steps; 0 is none")
+    device = choose_device(config.train.device)
+    folder = RunFolder(Path(config.output_dir).expanduser())
+    with (
+        StopSignals() as signals,
+        joined(device, config.train.rank_timeout) as processes,
+        folder.held() if processes.is_main else log_to_nobody(),
+    ):
+        # A run that is not resumed has saved nothing: what is there is an earlier one's.
+        with signals.immediate(folder.saved() if resume is not None else None):
+            run, source = start(folder, config, resume)
+        if processes.is_main:
+            begin_files(folder, run.config, anew=source is None)
+        with signals.immediate(folder.saved()), main_first():
+            run.loader.prepare()
+        announce(run)
+        metrics = open_metrics(run, folder)
+        phases = UNHEARD
+        if profile:
+            first = processes.is_main
+            phases = Profile(profile, folder.profile, device) if first else Bystander(profile)
+        exit_code = 1
+        try:
+            train(run, folder, metrics, signals, phases)
+            exit_code = 0
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(describe_shortage(device)) from error
+        finally:
+            phases.close()
+            metrics.close(exit_code)
+        return run.progress.metrics
+
+
+def start(folder: RunFolder, config: Config, resume: str | None) -> tuple[Run, Path | None]:
+    """A run that is about to make its first step, and the file that it goes on from, if any.
+
+    Nothing is written but a note in the folder, so that it can be left at any moment.
+    """
+    # Before anything slow: a wrong path, or an option that cannot change, is said at once.
+    source, checkpoint = broadcast(
+        first_checkpoint(folder, config, resume) if world().is_main else (None, None)
+    )
+    resumed = checkpoint if source is not None else None
+    config = with_batch_size(config, resumed)
+    if resumed is not None:
+        for change in check_resume(resumed.config, resumed.training, config):
+            logger.info("changed on resume: %s", change)
+    run = build_run(config)
+    if resumed is not None:
+        restore(run, resumed)
+        logger.info("resumed from %s at step %d", source, run.progress.step)
+    else:
+        start_weights(run, checkpoint)
+    if config.train.preflight:
+        preflight(run)
+    return run, source
+
+
+def first_checkpoint(
+    folder: RunFolder, config: Config, resume: str | None
+) -> tuple[Path | None, Checkpoint | None]:
+    """The file to resume from, if there is one, and the checkpoint to begin with, if any."""
+    if launched().restarts and folder.begun():
+        resume = "auto"  # the launcher has started this very run again
+    resumed = folder.open_resumable(resume)
+    folder.mark_begun(resumed is not None)
+    if resumed is not None:
+        return resumed
+    return None, load_checkpoint(config.init_from) if config.init_from else None
+
+
+def begin_files(folder: RunFolder, config: Config, anew: bool) -> None:
+    """Make the folder this run's, and with `anew` set the files of an earlier one aside."""
+    aside = folder.set_earlier_run_aside() if anew else None
+    if aside is not None:
+        logger.info("files of an earlier run are now in %s", aside)
+    folder.mark_begun(True)
+    folder.write_config(config)
+
+
+def open_metrics(run: Run, folder: RunFolder) -> MetricsLog:
+    """Where figures go; of several processes only the first keeps them."""
+    if not world().is_main:
+        return MetricsLog(None)
+    return MetricsLog(
+        folder.metrics_log,
+        run.progress.step,
+        start_wandb(run.config, folder.root),
+        to_come=[
+            *(["val"] if evaluation_due(run) else []),
+            *(["test"] if test_due(run) else []),
+        ],
+    )
+
+
+# --------------------------------------------------------------------- the loop
+
+
+def train(
+    run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals, phases: Phases
+) -> None:
+    """Train the epochs that are left."""
+    run.network.hear(phases)
+    config, progress = run.config.train, run.progress
+    signals.obey(folder.saved())  # one that came as files were opened does not wait for a step
+    if config.eval_untrained and progress.step == 0:
+        evaluate_epoch(run, folder, metrics, signals)
+    while progress.epoch < config.epochs or evaluation_due(run):
+        # Due before anything else after a resume that fell into an evaluation.
+        if not evaluation_due(run):
+            try:
+                with loading_processes():
+                    train_epoch(run, folder, metrics, signals, phases)
+            except DataError:
+                # Some schedulers end the loading processes together with the run. The step under
+                # way may be half done then, so what counts is what was saved before.
+                if signals.received is not None:
+                    raise InterruptedRun(signals.received, folder.saved()) from None
+                raise
+            save_last(run, folder)
+        if evaluation_due(run):
+            evaluate_epoch(run, folder, metrics, signals)
+            save_last(run, folder)
+        if progress.epoch % config.checkpoint_every == 0:
+            kept = folder.at_epoch(progress.epoch)
+            save(run, kept)
+            logger.info("saved %s", kept)
+    if test_due(run):
+        evaluate_best(run, folder, metrics, signals)
+        save_last(run, folder)
+
+
+def train_epoch(
+    run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals, phases: Phases
+) -> None:
+    """Train the rest of the epoch under way."""
+    config, progress, meter = run.config.train, run.progress, run.meter
+    set_learning_rate(run.optimizer, run.schedule.factor(progress.epoch + 1))
+    run.model.train()
+    run.freezer.begin(progress.epoch)
+    run.network.begin()
+    if not run.config.train.compile:
+        draw_alike(run.embedder.device)
+    steps = len(run.sampler)
+    with ProgressBar(f"epoch {progress.epoch + 1}/{config.epochs}", steps) as bar:
+        bar.report(progress.batch, steps)
+        meter.resume_clock()
+        batches = run.loader.epoch(progress.epoch, start=progress.batch, phases=phases)
+        phases.begin(DATA)
+        for batch in meter.watching(together(batches)):
+            train_step(run, batch, phases)
+            phases.begin("other")
+
+            # -------------------- once in a while --------------------
+            if progress.batch % config.log_every == 0 or progress.batch == steps:
+                run.guard.check()
+                figures = meter.take(run.optimizer.param_groups[0]["lr"], run.embedder.device)
+                figures = {"step": progress.step, "epoch": progress.epoch + 1, **figures}
+                metrics.write(figures)
+                logger.info("%s", describe_step(figures, progress.batch, steps, config.epochs))
+                bar.advance(0, meter.short)
+            bar.advance()
+            if progress.batch < steps:
+                stop_if_asked(run, folder, signals)
+            phases.end_step()
+    phases.end_epoch()
+    progress.epoch += 1
+    progress.batch = 0
+    stop_if_asked(run, folder, signals, at_once=True)
+
+
+def train_step(run: Run, batch: Batch, phases: Phases = UNHEARD) -> None:
+    """Make a step with a batch, which is on the device.
+
+    Nothing here waits for the device, but a scaler whose optimizer has no fused kernel, and some of
+    timm's optimizers.
+    """
+    parts = run.config.train.accumulate
+    run.optimizer.zero_grad()
+    run.objective.zero_grad()
+    for number, part in enumerate(parts_of(batch, parts), start=1):
+        with run.network.averaging(now=number == parts):
+            loss, terms, logits = run.network(part)  # which says when a phase begins
+            phases.begin("backward")
+            run.scaler.scale(loss / parts).backward()  # type: ignore[no-untyped-call]
+        phases.begin("other")
+        run.meter.add(loss, terms, logits, part.pids)
+
+    phases.begin("optimizer")
+    trained = [parameter for parameter in run.parameters if parameter.grad is not None]
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
+    # A scaler leaves out steps that are not finite by itself, and tries a smaller scale.
+    watched = None if run.scaler.is_enabled() else norm
+    run.guard.watch(run.progress.step + 1, loss, watched, terms)
+    clip = run.config.optimizer.clip_norm
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(trained, clip, norm, foreach=True)
+    run.scaler.step(run.optimizer)
+    run.objective.step(run.scaler)
+    run.scaler.update()
+    run.progress.batch += 1
+    run.progress.step += 1
+    if run.average is not None:
+        run.average.update(run.model, run.progress.step)
+
+
+def parts_of(batch: Batch, count: int) -> Iterator[Batch]:
+    """A batch cut into parts of one size, in order."""
+    size = len(batch.pids) // count
+    for start in range(0, len(batch.pids), size):
+        part = slice(start, start + size)
+        yield Batch(batch.images[part], batch.pids[part], batch.camids[part])
+
+
+def stop_if_asked(run: Run, folder: RunFolder, signals: StopSignals, at_once: bool = False) -> None:
+    """Save and raise InterruptedRun, between two steps, if a signal came to any process."""
+    received = signals.agreed(at_once)
+    if received is not None:
+        run.guard.check()
+        save_last(run, folder)
+        raise InterruptedRun(received, str(folder.last))
+
+
+def save(run: Run, path: Path) -> None:
+    """Write the weights; of several processes the first does, and the others wait for it."""
+    checkpoint = capture(run, resumable=False)
+    if world().is_main:
+        save_checkpoint(checkpoint, path)
+    wait()
+
+
+def save_last(run: Run, folder: RunFolder) -> None:
+    """As `save`, with all that a resume needs."""
+    checkpoint = capture(run)
+    if world().is_main:
+        folder.save_last(checkpoint)
+    wait()
+
+
+def evaluation_due(run: Run) -> bool:
+    """Whether the epoch that was just finished is to be evaluated and has not been."""
+    epoch, config = run.progress.epoch, run.config.train
+    at_epoch = epoch > 0 and (epoch % config.eval_every == 0 or epoch == config.epochs)
+    return at_epoch and run.progress.batch == 0 and run.progress.evaluated != epoch
+
+
+def evaluate_epoch(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
+    """Evaluate the model as it is; keep it as `best` if it is."""
+    progress = run.progress
+    # Each process has statistics of the batches that it saw itself.
+    broadcast_state(run.embedder.model)
+    with signals.immediate(folder.saved()):
+        figures, _, _ = evaluate_dataset(run.embedder, run.evaluator, run.validation)
+        if run.validation is not run.dataset:
+            figures = {**figures, "evaluated": "validation"}
+    progress.metrics, progress.evaluated = figures, progress.epoch
+    keep_figures(folder, figures)
+    metrics.write({"step": progress.step, "epoch": progress.epoch, **log_figures("val", figures)})
+    logger.info("%s", describe_evaluation(figures, progress.epoch))
+    if progress.epoch > 0 and figures["mAP"] > progress.best:
+        progress.best = figures["mAP"]
+        metrics.summarise({f"best/{key}": figures[key] for key in ("mAP", "mINP", "rank1")})
+        save(run, folder.best)
+        logger.info("saved %s (best mAP so far)", folder.best)
+
+
+def test_due(run: Run) -> bool:
+    """Whether people were held out, so that the finished run has yet to see the test set."""
+    progress = run.progress
+    return run.validation is not run.dataset and progress.tested != progress.epoch
+
+
+def evaluate_best(run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals) -> None:
+    """Evaluate the best model on query and gallery, once, after all choices are made."""
+    progress = run.progress
+    with signals.immediate(folder.saved()):
+        checkpoint = broadcast(best_checkpoint(folder) if world().is_main else None)
+        assert checkpoint is not None
+        # A copy: the run's own model may be resumed, and building one anew would draw numbers.
+        model = copy.deepcopy(run.embedder.model)
+        load_weights(model, checkpoint.model)
+        embedder = replace(run.embedder, model=model)
+        figures, _, _ = evaluate_dataset(embedder, run.evaluator, run.dataset)
+    logged = log_figures("test", figures)
+    figures = {**figures, "evaluated": "test", "validation": checkpoint.metrics}
+    progress.metrics, progress.tested = figures, progress.epoch
+    keep_figures(folder, figures)
+    metrics.write({"step": progress.step, "epoch": progress.epoch, **logged})
+    logger.info("%s", describe_evaluation(figures, checkpoint.epoch, "test of the best model"))
+
+
+def best_checkpoint(folder: RunFolder) -> Checkpoint:
+    """The best checkpoint of a finished run."""
+    # A run that goes on from another folder's checkpoint may never have been better than that.
+    return load_checkpoint(folder.best if folder.best.exists() else folder.last)
+
+
+def keep_figures(folder: RunFolder, figures: dict[str, Any]) -> None:
+    """Write the last evaluation's figures; of several processes the first does."""
+    if world().is_main:
+        write_metrics(figures, folder.metrics)

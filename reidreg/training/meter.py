@@ -1,0 +1,106 @@
+"""Averages of losses and accuracy between two log lines, and the speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from reidreg.distributed.group import mean_over_processes, world
+from reidreg.machine.gpu_memory import peak_memory
+from reidreg.machine.sizes import GIB
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Adds up figures on the device, and brings them over only when a line is due.
+
+    `.item()` at every step would have the CPU wait for the GPU each time.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._images = 0
+        self._waited = 0.0
+        self._losses: list[str] = []
+        self._start = time.perf_counter()
+        self.short = ""
+
+    def resume_clock(self) -> None:
+        """Start counting seconds now: what was done since the last line was not training."""
+        if self._steps == 0:
+            self._start, self._waited = time.perf_counter(), 0.0
+
+    def watching(self, batches: Iterator[T]) -> Iterator[T]:
+        """Pass batches on, adding up the seconds until each is there.
+
+        By the host's clock: a CUDA device may be at work meanwhile, on steps that were queued.
+        """
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    @torch.no_grad()
+    def add(
+        self, loss: Tensor, terms: Mapping[str, Tensor], logits: Tensor | None, pids: Tensor
+    ) -> None:
+        """Add a step.
+
+        Args:
+            loss: The weighted sum.
+            terms: Each term without its weight.
+            logits: (B, C), or None without a classifier.
+            pids: (B,) labels.
+        """
+        figures = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
+        self._losses = list(figures)
+        if logits is not None:
+            figures["train/accuracy"] = (logits.argmax(dim=1) == pids).float().mean()
+        for key, value in figures.items():
+            value = value.detach().float()
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+        self._steps += 1
+        self._images += len(pids)
+
+    def take(self, lr: float, device: torch.device) -> dict[str, float]:
+        """The averages since the last call, over all processes; it starts the next ones.
+
+        Args:
+            lr: The learning rate in use.
+            device: Where training runs, for its peak memory.
+        """
+        sums = mean_over_processes(self._sums)
+        figures = {key: value.item() / self._steps for key, value in sums.items()}
+        seconds = time.perf_counter() - self._start
+        figures["train/lr"] = lr
+        figures["train/images_per_second"] = world().size * self._images / max(seconds, 1e-9)
+        figures["train/data_wait"] = self._waited / max(seconds, 1e-9)
+        peak = peak_memory(device)
+        if peak is not None:
+            figures["train/peak_memory_gib"] = peak / GIB
+        losses = [f"{key.removeprefix('train/')} {figures[key]:.2f}" for key in self._losses]
+        speed = f"{figures['train/images_per_second']:.0f} images/s"
+        self.short = " ".join([*losses, speed])
+        self._sums, self._steps, self._images = {}, 0, 0
+        self._start, self._waited = time.perf_counter(), 0.0
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums under way, for an exact resume between two lines."""
+        sums = {key: value.cpu() for key, value in self._sums.items()}
+        return {"sums": sums, "steps": self._steps, "images": self._images}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the sums of an interrupted run; its seconds are gone."""
+        self._sums = dict(state["sums"])
+        self._steps, self._images = state["steps"], state["images"]
+        self._start, self._waited = time.perf_counter(), 0.0

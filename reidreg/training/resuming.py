@@ -1,0 +1,218 @@
+"""Which options may change when a run goes on, and which would spoil it.
+
+A checkpoint says what its run was configured as. What differs now is looked up in `RULES`, key by
+key, before anything slow happens; what is allowed is logged, what is not is refused.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reidreg.config.parsing import load_config
+from reidreg.config.sections import Config, plain
+from reidreg.errors import CheckpointError, ReidregError
+from reidreg.parts.schema import shown
+
+
+class Verdict(enum.Enum):
+    """What becomes of a changed option."""
+
+    ALLOWED = "allowed"
+    BETWEEN_EPOCHS = "allowed between two epochs"
+    REFUSED = "refused"
+
+
+ALLOWED, BETWEEN_EPOCHS, REFUSED = Verdict
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of a change of the keys that a pattern names.
+
+    Args:
+        pattern: A key; `*` stands for anything but a dot, `**` for anything.
+        verdict: What becomes of the change.
+        why: Why, in the words of a message: `optimizer.name adam -> sgd (the saved state ...)`.
+    """
+
+    pattern: str
+    verdict: Verdict
+    why: str
+
+    def covers(self, key: str) -> bool:
+        """Whether this rule speaks of a key."""
+        words = {"**": ".*", "*": "[^.]*"}
+        parts = (words.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*)", self.pattern))
+        return re.fullmatch("".join(parts), key) is not None
+
+
+_ORDER = "a place in the epoch would be other images"
+_MODEL = "the weights belong to the model that they were trained in"
+_INPUT = "the weights were trained on images of the other kind"
+_EVALUATION = "it changes figures, not weights"
+_SPEED = "it changes how fast a run is, not what it learns"
+_STEERING = "it steers the steps to come"
+
+# The first that covers a key counts; the last ones of a section are for the options of plugins, and
+# for options that nobody thought about: careful where a mistake would not be seen.
+RULES = (
+    Rule("dataset.root", ALLOWED, "the same data may lie elsewhere now"),
+    Rule("dataset.query_folder", ALLOWED, _EVALUATION),
+    Rule("dataset.gallery_folder", ALLOWED, _EVALUATION),
+    Rule("dataset.**", BETWEEN_EPOCHS, _ORDER),
+    Rule("input.flip_test", ALLOWED, _EVALUATION),
+    Rule("input.flip_prob", ALLOWED, _STEERING),
+    Rule("input.padding", ALLOWED, _STEERING),
+    Rule("input.erasing_prob", ALLOWED, _STEERING),
+    Rule("input.**", REFUSED, _INPUT),
+    Rule("sampler.**", BETWEEN_EPOCHS, _ORDER),
+    Rule("backbone.pretrained", ALLOWED, "the weights come from the checkpoint"),
+    Rule("backbone.**", REFUSED, _MODEL),
+    Rule("head.feature", ALLOWED, _EVALUATION),
+    Rule("head.**", REFUSED, _MODEL),
+    Rule("losses.*", REFUSED, "a term of the loss cannot come or go"),
+    Rule("losses.*.name", REFUSED, "the state of the loss belongs to another"),
+    Rule("losses.**", ALLOWED, _STEERING),
+    Rule("optimizer.name", REFUSED, "the saved state is that of another optimizer"),
+    # Whether they group the parameters alike shows when the state is loaded.
+    Rule("optimizer.**", ALLOWED, _STEERING),
+    Rule("schedule.**", ALLOWED, _STEERING),
+    Rule("evaluator.**", ALLOWED, _EVALUATION),
+    Rule("validation.**", REFUSED, "other identities would be trained on"),
+    Rule("train.seed", BETWEEN_EPOCHS, _ORDER),
+    Rule("train.epochs", ALLOWED, "a run may become longer"),
+    Rule("train.eval_every", ALLOWED, _EVALUATION),
+    Rule("train.eval_untrained", ALLOWED, _EVALUATION),
+    Rule("train.eval_batch_size", ALLOWED, _SPEED),
+    Rule("train.checkpoint_every", ALLOWED, "it changes what is kept"),
+    Rule("train.log_every", ALLOWED, "it changes what is logged"),
+    Rule("train.workers", ALLOWED, _SPEED),
+    Rule("train.device", ALLOWED, _SPEED),
+    Rule("train.precision", ALLOWED, "the weights are float32 in every precision"),
+    Rule("train.compile", ALLOWED, _SPEED),
+    Rule("train.accumulate", ALLOWED, _STEERING),
+    Rule(
+        "train.ema_decay", ALLOWED, "an average can begin, or end, with the weights that are there"
+    ),
+    Rule("train.freeze", ALLOWED, _STEERING),
+    Rule("train.freeze_epochs", ALLOWED, _STEERING),
+    Rule("train.cache", ALLOWED, _SPEED),
+    Rule("train.gather", ALLOWED, _STEERING),
+    Rule("train.sync_batchnorm", ALLOWED, _STEERING),
+    Rule("train.rank_timeout", ALLOWED, "it changes how long processes wait"),
+    Rule("train.preflight", ALLOWED, "it looks and changes nothing"),
+    Rule("train.**", BETWEEN_EPOCHS, "it may change what the steps of an epoch are"),
+    Rule("wandb.**", ALLOWED, "it changes what is logged"),
+    Rule("init_from", ALLOWED, "the weights come from the checkpoint"),
+    Rule("output_dir", ALLOWED, "a run may go on elsewhere"),
+    Rule("**", BETWEEN_EPOCHS, "it may change what the steps of an epoch are"),
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """An option that is not what it was.
+
+    Args:
+        key: Its key; of a part that came or went whole, the key of the part.
+        before: Its value in the checkpoint, or None.
+        after: Its value now, or None.
+    """
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {shown(self.before)} -> {shown(self.after)}"
+
+    @property
+    def rule(self) -> Rule:
+        """What the table says of it."""
+        if re.fullmatch(r"losses\.\w+\.weight", self.key) and 0 in (self.before, self.after):
+            return rule_of(self.key.removesuffix(".weight"))  # off is as if it were not there
+        return rule_of(self.key)
+
+
+def rule_of(key: str) -> Rule:
+    """The rule for a key: the first that covers it."""
+    return next(rule for rule in RULES if rule.covers(key))
+
+
+def changes_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """What differs between two configurations as plain values."""
+    return list(_changes(completed(old), new, ""))
+
+
+def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint's configuration with the options that its reidreg did not have, by default."""
+    try:
+        return load_config(config).as_dict()
+    except ReidregError:  # it has one that we do not have; each difference is shown then
+        return config
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Iterator[Change]:
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _changes(before, after, f"{prefix}{key}.")
+        elif plain(before) != plain(after):
+            yield Change(f"{prefix}{key}", before, after)
+
+
+def check_resume(
+    saved: Mapping[str, Any], training: Mapping[str, Any] | None, config: Config
+) -> list[Change]:
+    """Look at what changed since a checkpoint, before anything slow is done.
+
+    Args:
+        saved: The checkpoint's configuration.
+        training: What the checkpoint holds for a resume, or None if it holds weights alone.
+        config: The configuration to go on with.
+
+    Returns:
+        The changes, all of them allowed.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be resumed, or not with this configuration; the line
+            names each key that would spoil the run.
+    """
+    if training is None:
+        raise CheckpointError(
+            "this checkpoint holds weights alone and cannot be resumed: use checkpoints/last.ckpt, "
+            "or start a new run from the weights with --init_from"
+        )
+    epoch, batch = training["progress"]["epoch"], training["progress"]["batch"]
+    changes = changes_between(saved, config.as_dict())
+    kept_from = {REFUSED, BETWEEN_EPOCHS} if batch else {REFUSED}
+    refused = [change for change in changes if change.rule.verdict in kept_from]
+    if refused:
+        raise CheckpointError(_refusal(refused, epoch, batch))
+    _check_length(epoch, batch, config.train.epochs)
+    return changes
+
+
+def _refusal(refused: list[Change], epoch: int, batch: int) -> str:
+    said = "; ".join(f"{change} ({change.rule.why})" for change in refused)
+    middle = all(change.rule.verdict is BETWEEN_EPOCHS for change in refused)
+    where = f" inside epoch {epoch + 1}, after step {batch} of it" if middle else ""
+    return (
+        f"this run cannot go on{where} with other options: {said}; keep what was, or start a new "
+        "run from the weights with --init_from CKPT and another --output_dir"
+    )
+
+
+def _check_length(epoch: int, batch: int, epochs: int) -> None:
+    """Raise CheckpointError for a run that is to end before where it is."""
+    if epochs < epoch + (batch > 0):
+        done = f"{epoch} epochs and {batch} steps" if batch else f"{epoch} epochs"
+        raise CheckpointError(
+            f"train.epochs: {epochs} is less than what is done ({done}); give at least "
+            f"{epoch + (batch > 0)}, or start a new run from the weights with --init_from CKPT and "
+            "another --output_dir"
+        )

@@ -1,0 +1,254 @@
+"""The package from outside: its names, how its modules hang together, and what it never does."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import types
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import reidreg
+
+PACKAGE = Path(reidreg.__file__).parent
+PLUGINS = Path(importlib.import_module("reidreg_plugins").__file__ or "").parent
+OURS = sorted(PACKAGE.rglob("*.py"))
+THEIRS = sorted(PLUGINS.rglob("*.py"))
+EXAMPLE = sorted((Path(__file__).parents[1] / "example_plugin").rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE.parent if path in OURS else path.parents[1]))
+
+
+# --------------------------------------------------------------------- names
+
+
+def test_the_public_names_are_sorted_and_each_can_be_imported() -> None:
+    assert reidreg.__all__ == sorted(reidreg.__all__)
+    assert len(set(reidreg.__all__)) == len(reidreg.__all__)
+    for name in reidreg.__all__:
+        value = getattr(reidreg, name)
+        assert not isinstance(value, types.ModuleType)
+        home = getattr(value, "__module__", "reidreg.")
+        assert home.startswith("reidreg."), f"{name} comes from {home}"
+
+
+def test_the_public_names_are_the_namespace() -> None:
+    # Once all were looked up, what is there besides are modules, dunders and the typing helpers.
+    for name in reidreg.__all__:
+        getattr(reidreg, name)
+    found = {
+        name
+        for name, value in vars(reidreg).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert found - {"Any", "TYPE_CHECKING", "annotations"} == set(reidreg.__all__)
+    assert set(reidreg.__all__) <= set(dir(reidreg))
+
+
+def test_the_lazy_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module
+        for node in ast.walk(block)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(seen) == reidreg.__all__
+    for name, module in seen.items():
+        assert module is not None
+        assert getattr(importlib.import_module(module), name) is getattr(reidreg, name)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'reidreg' has no attribute 'Nothing'"):
+        _ = reidreg.Nothing
+
+
+# --------------------------------------------------------------------- imports
+
+
+def imports(path: Path, everywhere: bool) -> Iterator[str]:
+    """The modules that a file imports: at its top level, or inside functions too.
+
+    What stands under TYPE_CHECKING is no import: it never runs.
+    """
+    tree = ast.parse(path.read_text(), str(path))
+    for node in ast.walk(tree) if everywhere else top_level(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
+    """The statements that run on import."""
+    pending = list(tree.body)
+    while pending:
+        node = pending.pop()
+        yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            pending += [
+                child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)
+            ]
+
+
+def module_of(path: Path) -> str:
+    """The dotted name under which a file of the package is imported."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
+def graph() -> dict[str, set[str]]:
+    """Which modules of the package each one imports at its top level."""
+    modules = {module_of(path): path for path in OURS}
+    return {
+        name: {module for module in imports(path, everywhere=False) if module in modules} - {name}
+        for name, path in modules.items()
+    }
+
+
+def test_imports_point_down() -> None:
+    edges = graph()
+    assert sum(map(len, edges.values())) > 50
+    try:
+        order = list(TopologicalSorter(edges).static_order())
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
+    # Errors are at the bottom, the command line is at the top.
+    assert not edges["reidreg.errors"] and not edges["reidreg"]
+    assert order.index("reidreg.parts.registry") < order.index("reidreg.parts.interfaces")
+    assert order.index("reidreg.parts.interfaces") < order.index("reidreg.training.loop")
+    importers = [name for name, targets in edges.items() if "reidreg.cli.main" in targets]
+    assert importers == ["reidreg.__main__"]
+
+
+@pytest.mark.parametrize("path", OURS, ids=name_of)
+def test_the_framework_never_imports_its_plugins(path: Path) -> None:
+    assert not [name for name in imports(path, everywhere=True) if "reidreg_plugins" in name]
+
+
+@pytest.mark.parametrize("path", [*THEIRS, *EXAMPLE], ids=name_of)
+def test_a_plugin_imports_from_the_front_door_alone(path: Path) -> None:
+    own = path.relative_to(PLUGINS.parent if path in THEIRS else EXAMPLE[0].parents[1]).parts[0]
+    public = {"reidreg", *(f"reidreg.{name}" for name in reidreg.__all__)}
+    for name in imports(path, everywhere=True):
+        if name.partition(".")[0].startswith("reidreg"):
+            assert name in public or name.partition(".")[0] == own, name
+
+
+def test_every_plugin_module_is_listed_by_its_folder() -> None:
+    for init in PLUGINS.glob("*/__init__.py"):
+        parts = {
+            path.stem
+            for path in init.parent.glob("*.py")
+            if re.search(r"^@[A-Z]+\.register\(", path.read_text(), re.MULTILINE)
+        }
+        listed = importlib.import_module(f"reidreg_plugins.{init.parent.name}").__all__
+        assert listed == sorted(listed) and set(listed) == parts
+
+
+# --------------------------------------------------------------------- what is never done
+
+FORBIDDEN = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "os.execv",
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "marshal.loads",
+    "shelve.open",
+    "joblib.load",
+    "torch.hub.load",
+    "torch.hub.load_state_dict_from_url",
+    "torch.jit.load",
+    "torch.export.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "yaml.load_all",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "tempfile.mktemp",
+}
+SAFE = "pickle.UnpicklingError"
+
+
+def calls(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The calls of a file: what is called, and its keywords as text."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Call):
+            keywords = {word.arg or "**": ast.unparse(word.value) for word in node.keywords}
+            yield ast.unparse(node.func), keywords
+
+
+def misdeeds(path: Path) -> list[str]:
+    """What a file does that it must not."""
+    found = []
+    for function, keywords in calls(path):
+        last = function.rpartition(".")[2]
+        if function in FORBIDDEN or last in ("extractall", "extract_all", "unpack_archive"):
+            found.append(function)
+        if keywords.get("shell", "False") != "False":
+            found.append(f"{function} with a shell")
+        if function == "torch.load" and keywords.get("weights_only") != "True":
+            found.append("torch.load without weights_only=True")
+        if function in ("np.load", "numpy.load") and keywords.get("allow_pickle") != "False":
+            found.append("np.load without allow_pickle=False")
+        if function == "yaml.load" and keywords.get("Loader") not in ("_Loader", "yaml.SafeLoader"):
+            found.append("yaml.load without a safe loader")
+    banned = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
+    for name in imports(path, everywhere=True):
+        text = path.read_text().replace(SAFE, "")
+        used = name in banned and re.search(rf"\b{name}\.\w", text)
+        if used or name.startswith(tuple(f"{module}." for module in banned)):
+            found.append(f"import of {name}")
+    return found
+
+
+@pytest.mark.parametrize("path", [*OURS, *THEIRS], ids=name_of)
+def test_nothing_unsafe_is_called(path: Path) -> None:
+    assert misdeeds(path) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "eval('1')",
+        "import os\nos.system('ls')",
+        "import pickle\npickle.load(file)",
+        "from pickle import loads",
+        "import torch\ntorch.load(path)",
+        "import torch\ntorch.load(path, weights_only=False)",
+        "import yaml\nyaml.load(text, Loader=yaml.Loader)",
+        "import numpy as np\nnp.load(path, allow_pickle=True)",
+        "archive.extractall(folder)",
+        "import subprocess\nsubprocess.run('ls', shell=True)",
+    ],
+)
+def test_the_ban_finds_what_it_looks_for(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(text)
+    assert misdeeds(tmp_path / "x.py")
+
+
+def test_the_yaml_loader_is_a_safe_one() -> None:
+    import yaml
+
+    from reidreg.config import yamlfile
+
+    assert issubclass(yamlfile._Loader, yaml.SafeLoader)

@@ -1,0 +1,162 @@
+"""Whole runs against the reference system: the start, some tens of steps, and the ranking after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+import reference_system
+from reference_system import Recipe, ReferenceModel, ReferenceTrainer
+from reidreg import Config, Sample, fit, load_checkpoint, load_config
+from reidreg.model.model import Model
+from reidreg.training.run import Run, build_run, start_weights
+
+EPOCHS = 5
+CENTER = {"losses.center": {"name": "center", "weight": 5e-4}}
+SHUFFLED = {"sampler": {"name": "random", "batch_size": 8}}
+
+# A recipe of the reference, and what it is in reidreg's configuration.
+RECIPES: dict[str, tuple[Recipe, dict[str, Any]]] = {
+    "softmax_triplet": (Recipe(), {}),
+    "center": (Recipe(losses=("cross_entropy", "triplet", "center")), CENTER),
+    "sgd": (
+        Recipe(optimizer="sgd", lr=0.01, bias_lr_factor=2.0, bias_weight_decay=0.0),
+        {
+            "optimizer": {"name": "sgd", "lr": 0.01, "bias_lr_factor": 2.0},
+            "optimizer.bias_weight_decay": 0.0,
+        },
+    ),
+    "softmax": (
+        Recipe(losses=("cross_entropy",), label_smoothing=0.0),
+        {**SHUFFLED, "losses.triplet.weight": 0, "losses.id.label_smoothing": 0.0},
+    ),
+    "triplet": (Recipe(losses=("triplet",)), {"losses.id.weight": 0}),
+}
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """The arithmetic of everything that is built and computed; pixels come as float32."""
+
+    def cast(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return (inputs[0].to(request.param), *inputs[1:]) if isinstance(module, Model) else None
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    with register_module_forward_pre_hook(cast):
+        yield request.param
+    torch.set_default_dtype(before)
+
+
+def configure(aihub_root: Path, output: Path, changes: dict[str, Any]) -> Config:
+    layers: dict[str, Any] = {
+        "dataset.root": str(aihub_root),
+        "input": {"size": [32, 16], "padding": 2},
+        "sampler": {"batch_size": 8, "instances": 4},
+        "backbone": {"name": "resnet18", "pretrained": "none"},
+        "schedule": {"milestones": [3, 4], "warmup_epochs": 2},
+        "train": {"epochs": EPOCHS, "workers": 0, "precision": "fp32", "preflight": False},
+        "wandb.mode": "disabled",
+        "output_dir": str(output),
+    }
+    return load_config("aihub_kaist", layers, changes)
+
+
+def the_reference(run: Run, recipe: Recipe) -> ReferenceTrainer:
+    """The reference with our start, after it has made the steps of all epochs."""
+    # Center loss: its centres are part of the start, too.
+    centers = run.objective.state_dict().get("terms.term_center.centers")
+    labels = len(run.embedder.labels.pids)
+    trainer = ReferenceTrainer(recipe, labels, run.model.state_dict(), centers)
+    for epoch in range(EPOCHS):
+        for batch in run.loader.epoch(epoch):
+            images = batch.images.contiguous().to(torch.get_default_dtype())
+            trainer.step(images, batch.pids, epoch + 1)
+    return trainer
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """How far apart two tensors are, as a share of the larger one's norm."""
+    gap = (found.double() - expected.double()).norm()
+    return float(gap / expected.double().norm().clamp(min=1e-12))
+
+
+def ids_of(query: list[Sample], gallery: list[Sample]) -> dict[str, Any]:
+    return {
+        f"{side}_{field}s": np.array([getattr(sample, field) for sample in samples])
+        for side, samples in (("query", query), ("gallery", gallery))
+        for field in ("pid", "camid")
+    }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_whole_run_is_the_references(
+    name: str, dtype: torch.dtype, aihub_root: Path, tmp_path: Path
+) -> None:
+    recipe, changes = RECIPES[name]
+    config = configure(aihub_root, tmp_path / "run", changes)
+    run = build_run(config)
+    start_weights(run, None)
+    reference = the_reference(run, recipe)
+
+    figures = fit(config)
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert checkpoint.step >= 20
+
+    # Each step's rounding is carried into the next: 1e-16 and 1e-7 grow by some powers of ten.
+    bound = 1e-9 if dtype == torch.float64 else 2e-2
+    expected = reference.model.state_dict()
+    assert checkpoint.model.keys() == expected.keys()
+    far = {
+        key: distance(value, expected[key])
+        for key, value in checkpoint.model.items()
+        if distance(value, expected[key]) > bound
+    }
+    assert not far
+    if reference.centers is not None:
+        assert checkpoint.training is not None
+        centers = checkpoint.training["objective"]["terms.term_center.centers"]
+        assert distance(centers, reference.centers.detach()) < bound
+
+    # The features of the reference's model, from pixels that both are given alike.
+    query, gallery = list(run.dataset.query), list(run.dataset.gallery)
+    run.model.load_state_dict(checkpoint.model)
+    features = [run.embedder.embed(samples, "images").features for samples in (query, gallery)]
+    run.model.load_state_dict(expected)
+    theirs = [run.embedder.embed(samples, "images").features for samples in (query, gallery)]
+    for mine, other in zip(features, theirs, strict=True):
+        assert distance(mine, other) < max(bound, 1e-6)  # features are float32's at best
+    mean_ap, cmc = reference_system.evaluate(
+        theirs[0].double().numpy(), theirs[1].double().numpy(), ids_of(query, gallery)
+    )
+    near = 1e-6 if dtype == torch.float64 else 0.02
+    assert figures["mAP"] == pytest.approx(mean_ap, abs=near)
+    assert figures["cmc"][:10] == pytest.approx(cmc, abs=near)
+
+
+def test_an_untrained_network_starts_as_the_references_does(
+    aihub_root: Path, tmp_path: Path
+) -> None:
+    run = build_run(configure(aihub_root, tmp_path / "run", {}))
+    start_weights(run, None)
+    ours = run.model.state_dict()
+    theirs = ReferenceModel(len(run.embedder.labels.pids)).state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, expected in theirs.items():
+        found = ours[key]
+        if expected.dim() < 2:  # gains, biases and running statistics are no random numbers
+            assert torch.equal(found, expected), key
+            continue
+        spread = float(expected.std())
+        error = spread / found.numel() ** 0.5
+        assert abs(float(found.mean())) < 5 * error, key
+        assert float(found.std()) == pytest.approx(spread, abs=5 * error), key
+        # Of the same form, not of the same spread alone: uniform numbers have an end.
+        assert float(found.abs().max()) == pytest.approx(float(expected.abs().max()), rel=0.35), key
