@@ -463,7 +463,7 @@ def install(folder: Path) -> dict[str, Path]:
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (info / "entry_points.txt").write_text(f"[reidreg.parts.plugins]\n{found[1]} = {found[2]}\n")
+    (info / "entry_points.txt").write_text(f"[reidreg.plugins]\n{found[1]} = {found[2]}\n")
     return modules
 
 
