@@ -271,3 +271,49 @@ def test_drop_path_is_passed_on() -> None:
     with torch.no_grad():
         assert torch.equal(steady(image), steady(image))
         assert not torch.equal(dropping(image), dropping(image))
+
+
+# --------------------------------------------------------------------- an untrained start
+
+
+@pytest.mark.parametrize(
+    "model", ["resnet18", "resnet50", "seresnet33ts", "ecaresnet26t", "regnety_002"]
+)
+def test_an_untrained_model_of_timm_has_no_branch_that_is_switched_off(model: str) -> None:
+    net = BACKBONES.build("timm", model=model, pretrained="none")
+    gains = [m.weight for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert gains and all(torch.equal(gain, torch.ones_like(gain)) for gain in gains)
+
+
+def test_an_untrained_resnet_is_the_same_by_its_own_name_and_by_timms() -> None:
+    torch.manual_seed(0)
+    ours = BACKBONES.build("resnet18", pretrained="none", last_stride=2).state_dict()
+    torch.manual_seed(0)
+    theirs = BACKBONES.build("timm", model="resnet18", pretrained="none").state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("model", ["mobilenetv3_small_050", "test_vit", "test_convnext"])
+def test_other_untrained_models_start_as_timm_has_them(model: str) -> None:
+    torch.manual_seed(0)
+    net = BACKBONES.build("timm", model=model, pretrained="none", input_size=(64, 32))
+    torch.manual_seed(0)
+    sized = {"img_size": (64, 32)} if "vit" in model else {}
+    expected = timm.create_model(model, num_classes=0, **sized)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(net.net.state_dict().values(), expected.state_dict().values(), strict=True)
+    )
+
+
+def test_weights_from_a_file_are_what_the_file_holds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = timm.create_model("resnet18", num_classes=0)  # with gains of zero
+    torch.save(source.state_dict(), tmp_path / "resnet18.pth")
+    net = BACKBONES.build("resnet18", pretrained=str(tmp_path / "resnet18.pth"))
+    net.load_pretrained()
+    assert torch.equal(net.net.layer1[0].bn2.weight, torch.zeros(64))
+    assert all(
+        torch.equal(value, source.state_dict()[key]) for key, value in net.net.state_dict().items()
+    )

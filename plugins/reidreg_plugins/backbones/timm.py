@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reidreg import BACKBONES, Backbone, ReidregError
 from reidreg_plugins.backbones.hub import load_from_hub
+from reidreg_plugins.backbones.untrained import draw_weights, has_silent_branches
 from reidreg_plugins.backbones.weights import (
     Weights,
     check_pretrained,
@@ -23,7 +24,8 @@ from reidreg_plugins.backbones.weights import (
 class TimmBackbone(Backbone):
     """Any model of timm by its name, convolutional or transformer, at any input size.
 
-    Normalisation, position embeddings and windows follow the model and `input.size`.
+    Normalisation, position embeddings and windows follow the model and `input.size`. Untrained, a
+    model of ResNet's kind (also SE, RegNet) starts as the part `resnet50` does, others as in timm.
 
     Args:
         model: timm's name, such as convnext_tiny.fb_in22k or vit_small_patch16_224.augreg_in21k.
@@ -53,6 +55,8 @@ class TimmBackbone(Backbone):
             self._options = sized
         except TypeError:
             self.net = timm.create_model(model, num_classes=0, **self._options)
+        if pretrained == "none" and has_silent_branches(self.net):
+            draw_weights(self.net)  # as the parts `resnet18` and the like do
         self.dim = self.net.num_features
         self.mean = tuple(self.net.pretrained_cfg.get("mean") or self.mean)
         self.std = tuple(self.net.pretrained_cfg.get("std") or self.std)

@@ -21,3 +21,9 @@ def draw_weights(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
             module.reset_parameters()
+
+
+def has_silent_branches(net: nn.Module) -> bool:
+    """Whether a batch normalisation of the network starts with a gain of zero."""
+    norms = (module for module in net.modules() if isinstance(module, nn.BatchNorm2d))
+    return any(norm.affine and not norm.weight.any() for norm in norms)
