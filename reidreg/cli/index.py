@@ -16,7 +16,8 @@ from reidreg.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reidreg.index.gallery import FeatureModel, GalleryIndex
+    from reidreg.index.gallery import GalleryIndex
+    from reidreg.index.records import FeatureModel
     from reidreg.index.source import Source
     from reidreg.values import Embeddings
 

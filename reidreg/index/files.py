@@ -80,6 +80,13 @@ class Contents:
     items: Items
     candidates: Any
 
+    def counts(self) -> set[int]:
+        """How many items each part holds: one number if the parts belong together."""
+        items = self.items
+        held = len(self.vectors) if self.candidates is None else self.candidates.ntotal
+        counts = {len(items), len(items.camids), len(items.paths), len(self.vectors)}
+        return {*counts, held, self.facts["items"]}
+
 
 # --------------------------------------------------------------------- writing
 

@@ -1,105 +1,38 @@
-"""A gallery to search in: features, whose they are, and a way to the nearest of them."""
+"""A gallery index: build it from embeddings, add to it, search it, save and load it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from reidreg.errors import ConfigError, DataError
-from reidreg.index.approximate import (
-    Report,
-    Settings,
-    add_candidates,
-    build_candidates,
-    candidates,
-    choose_type,
-    ladder,
-)
+from reidreg.errors import DataError
+from reidreg.index.approximate import Candidates, Progress, Settings, build_candidates, choose_type
+from reidreg.index.embeddings import checked_features, items_of
 from reidreg.index.files import Contents, Items, read_contents, write_contents
+from reidreg.index.records import FeatureModel, Recall, Threshold, record_of
+from reidreg.index.search import IndexSearch, groups_by_camera
+from reidreg.index.tuning import check_recall, tune
 from reidreg.locking import exclusive
 from reidreg.logs.console import logger
-from reidreg.retrieval.distances import Features, FloatArray, IntArray, Side, check_at_least
-from reidreg.retrieval.index_search import (
-    BruteForce,
-    Float32Array,
-    Mask,
-    Space,
-    Vectors,
-    checked_side,
-    exact_search,
-    measured,
-)
+from reidreg.retrieval.distances import Features, check_at_least
+from reidreg.retrieval.index_search import Space, Vectors
 from reidreg.values import Embeddings
 
-RECALL_AT = 10
-_SAMPLED = 1000  # items that recall is measured with
 _BUSY = "wait until it is done"
-
-
-@dataclass(frozen=True, slots=True)
-class Recall:
-    """How much of what exact search finds an approximate one does.
-
-    It is measured with items of the index, and without leaving out a camera: an image that is not
-    in the index finds a little less, and so does a search that leaves out many of the nearest.
-
-    Args:
-        wanted: The recall that the settings were chosen for.
-        reached: The share of the exact `k` nearest that is found, or that is as near.
-        k: Neighbours of each item, itself left out.
-        queries: Items that were searched with, drawn from the index.
-        items: Items that the index held then.
-    """
-
-    wanted: float
-    reached: float
-    k: int
-    queries: int
-    items: int
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureModel:
-    """What made the features of an index.
-
-    Args:
-        ckpt: The checkpoint's file, as an absolute path.
-        digest: A SHA-256 of its weights and of the options that features depend on.
-        config: The configuration that it was used with.
-    """
-
-    ckpt: str
-    digest: str
-    config: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Threshold:
-    """From where on two images are taken for the same person.
-
-    Args:
-        value: A cosine similarity, at or above which, or a squared Euclidean distance, at or
-            below which they are.
-        far: The false-accept rate that it was chosen for, or None.
-    """
-
-    value: float
-    far: float | None = None
 
 
 class GalleryIndex:
     """A gallery that is searched often: build, add, search, save, load.
 
-    `flat` compares with every item, and is exact. The other types find candidates faster and may
-    miss some; what they find is put in order by exact distances all the same, and their recall
-    against exact search is measured when they are built. Of two items at equal distance the earlier
-    one is nearer.
+    `flat` compares a query with every item and is exact. The other types find candidates faster and
+    may miss some neighbours; candidates are ordered by exact distances, and the recall against
+    exact search is measured when the index is built. Of two items at equal distance the earlier one
+    ranks first.
 
         index = GalleryIndex.build(extract(ckpt, split="gallery"))
         numbers, scores = index.search(features, k=10)
@@ -109,12 +42,12 @@ class GalleryIndex:
         index_type: `flat`, `ivf`, `hnsw` or `pq`.
         space: How features are compared.
         vectors: The features as they were given.
-        items: Whose they are.
-        candidates: What an approximate index finds its candidates with.
-        settings: How thoroughly it searches.
-        recall: What was measured, for an approximate index.
-        model: What made the features, where that is known.
-        threshold: From where on two images show the same person, where that is known.
+        items: Their pids, camids and paths.
+        candidates: The faiss index that finds candidates, for an approximate index.
+        settings: How thoroughly it is searched.
+        recall: The recall that was measured, for an approximate index.
+        model: The model that extracted the features, if known.
+        threshold: The score from which two images count as the same person, if known.
     """
 
     def __init__(
@@ -124,7 +57,7 @@ class GalleryIndex:
         vectors: Vectors,
         items: Items,
         *,
-        candidates: Any = None,
+        candidates: Candidates | None = None,
         settings: Settings | None = None,
         recall: Recall | None = None,
         model: FeatureModel | None = None,
@@ -136,21 +69,20 @@ class GalleryIndex:
         self.recall = recall
         self.model = model
         self.threshold = threshold
-        self._candidates = candidates
-        self._force = BruteForce(vectors, space, keep=candidates is None)
+        self._search = IndexSearch(vectors, space, candidates)
 
     def __len__(self) -> int:
         return len(self.items)
 
     @property
     def dim(self) -> int:
-        """Numbers of a feature."""
-        return self._force.vectors.dim
+        """The length of a feature."""
+        return self._search.vectors.dim
 
     @property
     def metric(self) -> str:
         """`cosine` or `euclidean` (squared)."""
-        return self._force.space.metric
+        return self._search.space.metric
 
     # ----------------------------------------------------------------- building
 
@@ -164,42 +96,41 @@ class GalleryIndex:
         recall: float = 0.95,
         model: FeatureModel | None = None,
         threshold: Threshold | None = None,
-        progress: Report | None = None,
+        progress: Progress | None = None,
     ) -> GalleryIndex:
-        """Build an index, and measure its recall if it is an approximate one.
+        """Build an index, and measure its recall if it is approximate.
 
-        The same gallery gives the same index, on the same machine with as many threads. All items
-        are indexed, junk (pid -1) too: `without_junk` leaves it out.
+        The same gallery gives the same index on the same machine with the same number of threads.
+        All items are indexed, junk (pid -1) included; `without_junk` removes it.
 
         Args:
-            gallery: N embeddings; features in float32 are shared, not copied.
-            index_type: `flat`, `ivf`, `hnsw`, `pq`, or `auto`, as `approximate.choose_type` says.
+            gallery: N embeddings; float32 features are shared, not copied.
+            index_type: `flat`, `ivf`, `hnsw`, `pq`, or `auto` (see `approximate.choose_type`).
             metric: `cosine` or `euclidean` (squared).
-            recall: The share of the 10 nearest that is to be found, 0..1; decides how thoroughly
-                an approximate index searches.
-            model: What made the features.
-            threshold: From where on two images show the same person.
-            progress: Told how many items are in, and of how many.
+            recall: The share of the 10 nearest that a search should find, 0..1; decides how
+                thoroughly an approximate index is searched.
+            model: The model that extracted the features.
+            threshold: The score from which two images count as the same person.
+            progress: Called with the number of items indexed and their total.
 
         Raises:
             DataError: The gallery is empty, or a feature is not finite or, for cosine, zero.
-            ConfigError: An option is wrong.
+            ConfigError: An option is invalid.
         """
-        _check_recall(recall)
-        features, side = _checked("gallery", gallery, metric)
+        check_recall(recall)
+        features, side = checked_features("gallery", gallery, metric)
         space, vectors = Space.of(metric, side), Vectors([features])
         kind = choose_type(index_type, len(features), vectors.dim, recall)
         if index_type not in ("auto", kind):
             logger.info(
                 "%d items are too few to train %s; the index is flat", len(features), index_type
             )
-        report = progress or _silent
-        found = None if kind == "flat" else build_candidates(kind, vectors, space, report)
+        found = None if kind == "flat" else build_candidates(kind, vectors, space, progress)
         index = cls(
             kind,
             space,
             vectors,
-            _items(gallery, 0),
+            items_of(gallery, 0),
             candidates=found,
             model=model,
             threshold=threshold,
@@ -212,63 +143,47 @@ class GalleryIndex:
         gallery: Embeddings,
         *,
         model: FeatureModel | None = None,
-        progress: Report | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        """Put further items behind those that are there.
+        """Append items.
 
         An approximate index keeps its cells and settings; `tune` measures its recall again.
 
         Args:
             gallery: Embeddings from the same model.
-            model: What made them.
-            progress: Told how many items are in, and of how many.
+            model: The model that extracted them.
+            progress: Called with the number of items indexed and their total.
 
         Raises:
-            DataError: They are of another width or model, or not finite, or far longer.
+            DataError: They have another dimension or model, are not finite, or are far longer than
+                those of the index.
         """
         self.check_model(model)
-        features, side = _checked("gallery", gallery, self.metric)
+        features, side = checked_features("gallery", gallery, self.metric)
         self._check_dim("gallery", features.shape[1])
-        before = self._force
-        space, vectors = before.space.with_items(side), before.vectors.followed_by(features)
-        space.float32(side, slice(None))  # before anything is changed
-        if self._candidates is not None:
-            add_candidates(self._candidates, Vectors([features]), space, progress or _silent)
-        self._force = before.extended(vectors, space, features)
-        self.items = self.items.followed_by(_items(gallery, len(self.items)))
+        self._search.add(features, side, progress)
+        self.items = self.items.followed_by(items_of(gallery, len(self.items)))
 
     def tune(self, recall: float | None = None) -> None:
-        """Choose how thoroughly an approximate index searches, and measure its recall.
+        """Choose how thoroughly an approximate index is searched, and measure its recall.
 
-        The quickest settings that reach the recall are taken; if none does, the most thorough ones,
-        with a warning. An exact index stays as it is.
+        It takes the fastest settings that reach the recall; if none do, the most thorough ones,
+        with a warning. An exact index does not change.
 
         Args:
-            recall: 0..1; None takes the one that was wanted before.
+            recall: 0..1; None keeps the one that was wanted before.
         """
         wanted = recall if recall is not None else (self.recall.wanted if self.recall else 0.95)
-        _check_recall(wanted)
-        if self._candidates is None or len(self) < 2:
+        check_recall(wanted)
+        if self._search.candidates is None or len(self) < 2:
             return
-        rows = np.random.default_rng(0).permutation(len(self))[:_SAMPLED]
-        k = min(RECALL_AT, len(self) - 1)
-        raw = self._force.vectors.take(rows)
-        queries = self._side("item", raw)
-        truth = _others(exact_search(queries, raw, self._force, k + 1), rows)[:, k - 1]
-        reached = 0.0
-        for settings in ladder(self._candidates):
-            found = self._measured(queries, raw, k + 1, settings, None)
-            near = _others(found, rows)[:, :k] <= truth[:, None]
-            self.settings, reached = settings, float(near.mean())
-            if reached >= wanted:
-                break
-        self.recall = Recall(wanted, reached, k, len(rows), len(self))
-        if reached < wanted:
+        self.settings, self.recall = tune(self._search, wanted)
+        if self.recall.reached < wanted:
             logger.warning(
                 "%s reaches a recall@%d of %.3f at most, not %g; `flat` is exact",
                 self.index_type,
-                k,
-                reached,
+                self.recall.k,
+                self.recall.reached,
                 wanted,
             )
 
@@ -285,81 +200,39 @@ class GalleryIndex:
         """The k nearest items of each query.
 
         Args:
-            features: (Q, D), from the model that made the index's features.
-            k: The length of the lists; more than there are items gives all of them.
-            exclude_camids: (Q,) cameras, one for each query, whose items are left out. In an
-                evaluation only items of the query's own identity are left out for its camera; here
-                nobody knows that identity, so that all of the camera's are.
-            paths: Q names, for errors.
+            features: (Q, D), from the model that extracted the features of the index.
+            k: The length of the lists; a larger number than there are items gives all of them.
+            exclude_camids: (Q,) the camera whose items each query leaves out. An evaluation leaves
+                out only the query's own identity under its camera; here that identity is unknown,
+                so all items of the camera are left out.
+            paths: Q names, for error messages.
 
         Returns:
-            Numbers of items (Q, min(k, N)) int64, and scores, (Q, min(k, N)) float32: cosine
-            similarities, falling, or squared Euclidean distances, rising. Where a camera is left
-            out there may be fewer items; then the numbers are -1 and the scores infinite.
+            Item numbers, (Q, min(k, N)) int64, and scores, (Q, min(k, N)) float32: cosine
+            similarities in descending order, or squared Euclidean distances in ascending order.
+            With a camera left out there may be fewer items; the remaining numbers are -1 and the
+            scores infinite.
 
         Raises:
-            DataError: The features are of another width, not finite or, for cosine, zero.
+            DataError: The features have another dimension, are not finite or, for cosine, zero.
             ConfigError: k is less than 1.
         """
         check_at_least("k", k, 1)
-        queries = self._side("query", features, paths)
-        self._check_dim("query", queries.features.shape[1])
-        raw = queries.features.to(torch.float32).numpy()
-        width = min(k, len(self))
-        items = np.full((len(raw), width), -1, dtype=np.int64)
-        distances = np.full((len(raw), width), np.inf)
-        for rows, allowed in self._groups(len(raw), exclude_camids):
-            side = self._side("query", raw[rows]) if allowed is not None else queries
-            distances[rows], items[rows] = self._search(side, raw[rows], width, allowed)
-        return torch.from_numpy(items), torch.from_numpy(self._force.space.scores(distances))
+        queries = self._search.side("query", features, paths)
+        count, dim = queries.features.shape
+        self._check_dim("query", dim)
+        groups = groups_by_camera(count, exclude_camids, self.items.camids)
+        distances, items = self._search.nearest(queries, min(k, len(self)), self.settings, groups)
+        return torch.from_numpy(items), torch.from_numpy(self._search.space.scores(distances))
 
     def passes(self, scores: Tensor, threshold: float) -> Tensor:
-        """Which scores are those of the same person by a threshold, as `search` gives them."""
+        """Which scores (from `search`) count as the same person at a threshold."""
         return scores >= threshold if self.metric == "cosine" else scores <= threshold
-
-    def _groups(
-        self, count: int, camids: Sequence[int] | Tensor | None
-    ) -> list[tuple[IntArray, Mask | None]]:
-        """Queries that may find the same items, with those."""
-        if camids is None:
-            return [(np.arange(count), None)]
-        cameras = np.asarray(camids)
-        if cameras.shape != (count,):
-            raise DataError(f"there are {count} queries, but {cameras.shape} cameras to leave out")
-        return [
-            (np.flatnonzero(cameras == camid), self.items.camids != camid)
-            for camid in np.unique(cameras)
-        ]
-
-    def _search(
-        self, queries: Side, raw: Float32Array, k: int, allowed: Mask | None
-    ) -> tuple[FloatArray, IntArray]:
-        if self._candidates is None:
-            return exact_search(queries, raw, self._force, k, allowed)
-        distances, items = self._measured(queries, raw, k, self.settings, allowed)
-        # A graph or a few cells may hold fewer of the allowed items than there are.
-        wanted = k if allowed is None else min(k, int(np.count_nonzero(allowed)))
-        short = np.flatnonzero((items[:, :wanted] < 0).any(axis=1))
-        if len(short):
-            side = self._side("query", raw[short])
-            found = exact_search(side, raw[short], self._force, k, allowed)
-            distances[short], items[short] = found
-        return distances, items
-
-    def _measured(
-        self, queries: Side, raw: Float32Array, k: int, settings: Settings, allowed: Mask | None
-    ) -> tuple[FloatArray, IntArray]:
-        """The nearest of an approximate index's candidates, (Q, k), in exact order."""
-        space, vectors = self._force.space, self._force.vectors
-        prepared = space.float32(queries, slice(None))
-        found = candidates(self._candidates, prepared, k, settings, allowed)
-        distances, items = measured(raw, vectors, found, space.metric)
-        return distances[:, :k].copy(), items[:, :k].copy()
 
     # ----------------------------------------------------------------- files
 
     def save(self, folder: str | Path) -> None:
-        """Write the index; a folder that holds one gets this one instead, in one step.
+        """Write the index; it replaces one that the folder already holds, in one step.
 
         Raises:
             DataError: The folder cannot be written to, or the disk is full.
@@ -375,36 +248,40 @@ class GalleryIndex:
 
     @classmethod
     def load(cls, folder: str | Path) -> GalleryIndex:
-        """Read an index; its features are mapped from the disk.
+        """Read an index; its features are memory-mapped.
 
         Raises:
-            DataError: There is none, or it is damaged, of a newer format, or none of reidreg.
+            DataError: There is none, or it is damaged, of a newer format, or not one of reidreg.
         """
         contents = read_contents(Path(folder))
-        facts, vectors, items = contents.facts, contents.vectors, contents.items
+        facts = contents.facts
         try:
             index = cls(
                 facts["type"],
                 Space(facts["metric"], facts["scale"], facts["longest"]),
-                vectors,
-                items,
+                contents.vectors,
+                contents.items,
                 candidates=contents.candidates,
                 settings=facts["parameters"],
-                recall=_read_as(Recall, facts["recall"]),
-                model=_read_as(FeatureModel, facts["model"]),
-                threshold=_read_as(Threshold, facts["threshold"]),
+                recall=record_of(Recall, facts["recall"]),
+                model=record_of(FeatureModel, facts["model"]),
+                threshold=record_of(Threshold, facts["threshold"]),
             )
-            held = index._candidates.ntotal if index._candidates is not None else len(vectors)
-            counts = {len(items.camids), len(items.paths), len(vectors), held, facts["items"]}
+            counts = contents.counts()
         except (KeyError, TypeError) as error:
-            raise DataError(f"{folder} is no index that this reidreg reads: {error!r}") from error
-        if counts != {len(items)}:
-            raise DataError(f"the files of the index {folder} do not go together; build it anew")
+            raise DataError(
+                f"this version of reidreg cannot read the index {folder}: {error!r}"
+            ) from error
+        if len(counts) != 1:
+            raise DataError(
+                f"the files of the index {folder} do not go together; rebuild it with "
+                "`reidreg index build`"
+            )
         return index
 
     def facts(self) -> dict[str, Any]:
-        """What there is to say about the index, as its manifest says it."""
-        space = self._force.space
+        """The description of the index, as its manifest stores it."""
+        space = self._search.space
         return {
             "type": self.index_type,
             "metric": self.metric,
@@ -419,10 +296,10 @@ class GalleryIndex:
         }
 
     def check_model(self, model: FeatureModel | None) -> None:
-        """Refuse features of another model than the index's, where both are known.
+        """Refuse features of another model than that of the index, where both are known.
 
         Raises:
-            DataError: They are of another.
+            DataError: The models differ.
         """
         if model is not None and self.model is not None and model.digest != self.model.digest:
             raise DataError(
@@ -431,7 +308,7 @@ class GalleryIndex:
             )
 
     def _contents(self) -> Contents:
-        return Contents(self.facts(), self._force.vectors, self.items, self._candidates)
+        return Contents(self.facts(), self._search.vectors, self.items, self._search.candidates)
 
     def _check_dim(self, name: str, dim: int) -> None:
         if dim != self.dim:
@@ -440,27 +317,24 @@ class GalleryIndex:
                 "both must come from the same model"
             )
 
-    def _side(self, name: str, features: Features, paths: Sequence[str] = ()) -> Side:
-        return self._force.space.side(name, features, paths)
-
 
 def add_to_index(
     folder: str | Path,
     gallery: Embeddings,
     *,
     model: FeatureModel | None = None,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> GalleryIndex:
-    """Put further items into an index on disk; nobody else writes there meanwhile.
+    """Append items to an index on disk and measure its recall again.
 
-    Its recall is measured again.
+    The folder is locked meanwhile, so that no other process writes there.
 
     Raises:
         DataError: As for `GalleryIndex.load` and `add`.
         ConfigError: Another process is writing there.
     """
     folder = Path(folder)
-    GalleryIndex.load(folder)  # before a lock's file is made where there is no index
+    GalleryIndex.load(folder)  # first, as the lock would create a file where there is no index
     with exclusive(folder, "index", _BUSY):
         index = GalleryIndex.load(folder)
         index.add(gallery, model=model, progress=progress)
@@ -485,48 +359,3 @@ def without_junk(gallery: Embeddings) -> Embeddings:
         camids=gallery.camids[known],
         paths=paths,
     )
-
-
-def _checked(name: str, gallery: Embeddings, metric: str) -> tuple[Float32Array, Side]:
-    """Features as float32, checked."""
-    features = gallery.features.detach().to("cpu", torch.float32).contiguous()
-    side = checked_side(name, features, metric, gallery.paths)
-    counts = {len(features), len(gallery.pids), len(gallery.camids)}
-    if len(counts) > 1 or len(gallery.paths) not in (0, len(features)):
-        raise DataError(
-            f"{name}: {len(features)} features, {len(gallery.pids)} pids, "
-            f"{len(gallery.camids)} camids and {len(gallery.paths)} paths do not go together"
-        )
-    return features.numpy(), side
-
-
-def _items(gallery: Embeddings, first: int) -> Items:
-    """Whose the features are; an item without a path is named by its number."""
-    numbers = range(first, first + len(gallery.pids))
-    paths = gallery.paths or tuple(f"#{number}" for number in numbers)
-    if any("\0" in path for path in paths):
-        raise DataError("a path holds a NUL character, which no file name does")
-    return Items(
-        gallery.pids.cpu().numpy().astype(np.int64),
-        gallery.camids.cpu().numpy().astype(np.int64),
-        paths,
-    )
-
-
-def _others(found: tuple[FloatArray, IntArray], rows: IntArray) -> FloatArray:
-    """The distances (Q, k) to items other than the query itself, in order."""
-    distances, items = found
-    return np.sort(np.where(items == rows[:, None], np.inf, distances), axis=1)
-
-
-def _check_recall(recall: float) -> None:
-    if not 0 < recall <= 1:
-        raise ConfigError(f"recall: {recall} is no share; it is above 0 and at most 1")
-
-
-def _read_as(cls: type[Any], values: dict[str, Any] | None) -> Any:
-    return None if values is None else cls(**values)
-
-
-def _silent(done: int, total: int) -> None:
-    """Nobody watches."""

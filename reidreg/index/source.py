@@ -14,7 +14,8 @@ from reidreg.config.parsing import Layer, load_config
 from reidreg.config.sections import Config
 from reidreg.errors import ConfigError, DataError
 from reidreg.evaluation.evaluate import extract_checkpoint, folder_samples
-from reidreg.index.gallery import FeatureModel, GalleryIndex, Threshold
+from reidreg.index.gallery import GalleryIndex
+from reidreg.index.records import FeatureModel, Threshold
 from reidreg.model.checkpoint import Checkpoint, digest_of, load_checkpoint
 from reidreg.model.feature_files import load_features
 from reidreg.model.restore import restore_embedder

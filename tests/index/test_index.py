@@ -28,10 +28,11 @@ from reidreg import (
 )
 from reidreg.cli.main import main
 from reidreg.errors import ConfigError, DataError
-from reidreg.index import gallery as gallery_module
-from reidreg.index.approximate import FEWEST, choose_type
+from reidreg.index import tuning
+from reidreg.index.approximate import MIN_ITEMS, choose_type
 from reidreg.index.files import MANIFEST
-from reidreg.index.gallery import FeatureModel, Threshold, add_to_index, without_junk
+from reidreg.index.gallery import add_to_index, without_junk
+from reidreg.index.records import FeatureModel, Threshold
 from reidreg.index.source import Source
 from reidreg.locking import exclusive
 from reidreg.model.checkpoint import save_checkpoint
@@ -226,7 +227,7 @@ def test_a_higher_recall_is_reached_by_searching_more(name: str, metric: str) ->
 def test_a_recall_out_of_reach_is_said(
     gallery: Embeddings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(gallery_module, "ladder", lambda index: [{"nprobe": 1}])
+    monkeypatch.setattr(tuning, "search_settings", lambda index: [{"nprobe": 1}])
     index = GalleryIndex.build(gallery, index_type="ivf", recall=1.0)
     assert index.recall is not None and 0.5 < index.recall.reached < 1
     (line,) = caplog.messages
@@ -280,7 +281,7 @@ def test_the_same_gallery_gives_the_same_files(
 def test_building_prints_nothing(gallery: Embeddings, capfd: pytest.CaptureFixture[str]) -> None:
     # faiss writes its warnings to the process's own stdout and stderr.
     for name in TYPES:
-        count = FEWEST[name]
+        count = MIN_ITEMS[name]
         GalleryIndex.build(part(gallery, slice(0, count)), index_type=name)
     assert capfd.readouterr() == ("", "")
 
@@ -301,8 +302,8 @@ def test_auto_takes_what_its_rule_says() -> None:
     assert choose_type("auto", 16 * million + 1, 512, 0.95) == "pq"
     assert choose_type("auto", 16 * million + 1, 512, 1.0) == "flat"
     for name in APPROXIMATE:
-        assert choose_type(name, FEWEST[name], 8, 0.95) == name
-        assert choose_type(name, FEWEST[name] - 1, 8, 0.95) == "flat"
+        assert choose_type(name, MIN_ITEMS[name], 8, 0.95) == name
+        assert choose_type(name, MIN_ITEMS[name] - 1, 8, 0.95) == "flat"
     with pytest.raises(ConfigError, match="did you mean 'ivf'"):
         choose_type("ivff", 10, 8, 0.95)
 
