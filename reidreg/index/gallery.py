@@ -156,13 +156,14 @@ class GalleryIndex:
 
         Raises:
             DataError: They have another dimension or model, are not finite, or are far longer than
-                those of the index.
+                those of the index, or a path contains a NUL character. The index is unchanged then.
         """
         self.check_model(model)
         features, side = checked_features("gallery", gallery, self.metric)
         self._check_dim("gallery", features.shape[1])
+        items = self.items.followed_by(items_of(gallery, len(self.items)))
         self._search.add(features, side, progress)
-        self.items = self.items.followed_by(items_of(gallery, len(self.items)))
+        self.items = items
 
     def tune(self, recall: float | None = None) -> None:
         """Choose how thoroughly an approximate index is searched, and measure its recall.

@@ -348,8 +348,13 @@ def test_names_of_any_bytes_come_back(tmp_path: Path) -> None:
     paths = ("a b.jpg", "카메라/1.jpg", os.fsdecode(b"\xff\xfe.jpg"))
     GalleryIndex.build(unlabelled(torch.eye(3), paths)).save(tmp_path)
     assert GalleryIndex.load(tmp_path).items.paths == paths
+    nul = unlabelled(torch.eye(3), ("a.jpg", "b.jpg", "c\0d.jpg"))
     with pytest.raises(DataError, match="NUL"):
-        GalleryIndex.build(unlabelled(torch.eye(1), ("a\0b",)))
+        GalleryIndex.build(nul)
+    index = GalleryIndex.load(tmp_path)
+    with pytest.raises(DataError, match="NUL"):
+        index.add(nul)
+    assert sorted(index.search(torch.eye(3)[:1], 9)[0].flatten().tolist()) == [0, 1, 2]
 
 
 def test_the_umask_decides_who_reads_an_index(tmp_path: Path, gallery: Embeddings) -> None:
