@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from reidreg import __version__
+from reidreg._version import __version__
 from reidreg.evaluation.evaluate import Evaluation
 from reidreg.report.cameras import camera_matrix
 from reidreg.report.charts import HEIGHT, TALL, cmc_chart, score_chart

@@ -71,6 +71,11 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         _ = reidreg.Nothing
 
 
+def test_the_version_is_that_of_the_project_file() -> None:
+    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert re.findall(r'^version = "(.*)"$', text, re.MULTILINE) == [reidreg.__version__]
+
+
 # --------------------------------------------------------------------- imports
 
 
@@ -127,7 +132,7 @@ def test_imports_point_down() -> None:
     except CycleError as error:
         pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
     # Errors are at the bottom, the command line is at the top.
-    assert not edges["reidreg.errors"] and not edges["reidreg"]
+    assert not edges["reidreg.errors"] and edges["reidreg"] == {"reidreg._version"}
     assert order.index("reidreg.parts.registry") < order.index("reidreg.parts.interfaces")
     assert order.index("reidreg.parts.interfaces") < order.index("reidreg.training.loop")
     importers = [name for name, targets in edges.items() if "reidreg.cli.main" in targets]
