@@ -1,13 +1,13 @@
-"""The files of an index: one folder, its manifest replaced last.
+"""The files of an index: one folder, whose manifest is written last.
 
-    manifest.json           what the index is, and the size and SHA-256 of every other file
-    vectors-000001.npy      the features as they were given, (N, D) float32, mapped when read
-    items-000001.npz        pids and camids (N,) int64, and the names of the images
-    candidates-000001.faiss what an approximate index finds its candidates with
+    manifest.json           a description of the index, size and SHA-256 of every other file
+    vectors-000001.npy      the features as they were given, (N, D) float32, memory-mapped
+    items-000001.npz        pids and camids (N,) int64, and the paths of the images
+    candidates-000001.faiss the faiss index of an approximate index
 
-A write makes new files under the next number, and then replaces the manifest: killed at any moment,
-it leaves the old index or the new one, and whole. Files that no manifest names are deleted by the
-next write. Nothing in an index can execute, and faiss parses no file whose checksum is wrong.
+A write creates files under the next number and then replaces the manifest. If it is killed, the
+folder holds the complete old index or the complete new one; the next write deletes files that the
+manifest does not name. Reading executes nothing, and faiss parses no file whose checksum is wrong.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from reidreg.retrieval.index_search import Vectors
 FORMAT = "reidreg index"
 VERSION = 1
 MANIFEST = "manifest.json"
-_OURS = re.compile(r"(vectors|items|candidates)-(\d{6})\.(npy|npz|faiss)")
-_CHUNK = 2**22
-_ATTEMPTS = 3
+_INDEX_FILE = re.compile(r"(vectors|items|candidates)-(\d{6})\.(npy|npz|faiss)")
+_CHUNK = 2**22  # bytes that are hashed at a time
+_ATTEMPTS = 3  # reads of an index that other processes keep replacing
 
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """Who and what an index holds.
+    """The labels and paths of the items of an index.
 
     Args:
-        pids: (N,) int64, -1 where they are not known.
-        camids: (N,) int64, likewise.
-        paths: N names of images.
+        pids: (N,) int64, -1 where unknown.
+        camids: (N,) int64, -1 where unknown.
+        paths: N paths or names of images.
     """
 
     pids: IntArray
@@ -56,7 +56,7 @@ class Items:
         return len(self.pids)
 
     def followed_by(self, other: Items) -> Items:
-        """These items and then others."""
+        """These items, followed by others."""
         return Items(
             np.concatenate([self.pids, other.pids]),
             np.concatenate([self.camids, other.camids]),
@@ -66,13 +66,13 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """All that the folder of an index holds.
+    """An index as it is stored.
 
     Args:
-        facts: What the manifest says of the index itself.
+        facts: The description of the index in its manifest.
         vectors: The features.
-        items: Whose they are.
-        candidates: A faiss index, or None where every item is compared.
+        items: Their pids, camids and paths.
+        candidates: A faiss index, or None for an exact index.
     """
 
     facts: dict[str, Any]
@@ -92,16 +92,16 @@ class Contents:
 
 
 def write_contents(folder: Path, contents: Contents) -> None:
-    """Write an index so that the folder holds either the old or the new one, and whole.
+    """Write an index; at every moment the folder holds the complete old or the complete new one.
 
-    The caller holds the folder (`reidreg.locking`).
+    The caller must have locked the folder (`locking.exclusive`).
 
     Raises:
         DataError: The folder cannot be written to, or the disk is full.
     """
     written: dict[str, dict[str, Any]] = {}
     number = _next_number(folder)
-    writers: list[tuple[str, Callable[[_Counted], None]]] = [
+    writers: list[tuple[str, Callable[[_HashingWriter], None]]] = [
         (f"vectors-{number:06d}.npy", lambda file: _write_vectors(file, contents.vectors)),
         (f"items-{number:06d}.npz", lambda file: _write_items(file, contents.items)),
     ]
@@ -112,14 +112,14 @@ def write_contents(folder: Path, contents: Contents) -> None:
     try:
         for name, write in writers:
             with replacing(folder / name) as file:
-                counted = _Counted(file)
-                write(counted)
-                written[name] = {"bytes": counted.count, "sha256": counted.digest.hexdigest()}
+                hashing = _HashingWriter(file)
+                write(hashing)
+                written[name] = {"bytes": hashing.count, "sha256": hashing.digest.hexdigest()}
         sync(folder)
         with replacing(folder / MANIFEST) as file:
             file.write(_render(contents.facts, written))
         sync(folder)
-    # faiss turns what its writer raises into a RuntimeError.
+    # faiss turns an exception of its writer into a RuntimeError.
     except (OSError, RuntimeError) as error:
         _remove(folder, [name for name, _ in writers])
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -127,8 +127,8 @@ def write_contents(folder: Path, contents: Contents) -> None:
     _remove(folder, [name for name in _numbered(folder) if name not in written])
 
 
-class _Counted:
-    """A file that counts and sums up what is written to it."""
+class _HashingWriter:
+    """Passes bytes on to a file, counting and hashing them."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.count, self.digest = file, 0, hashlib.sha256()
@@ -141,15 +141,15 @@ class _Counted:
         return len(view)
 
 
-def _write_vectors(file: _Counted, vectors: Vectors) -> None:
+def _write_vectors(file: _HashingWriter, vectors: Vectors) -> None:
     header = {"descr": "<f4", "fortran_order": False, "shape": (len(vectors), vectors.dim)}
     np.lib.format.write_array_header_1_0(file, header)
     for _, block in vectors.blocks():
         file.write(np.ascontiguousarray(block, dtype="<f4"))
 
 
-def _write_items(file: _Counted, items: Items) -> None:
-    # Names of any bytes, each as long as it is; numpy's texts are all as long as the longest.
+def _write_items(file: _HashingWriter, items: Items) -> None:
+    # As bytes: a path may be invalid UTF-8, and a numpy text array pads all to the longest.
     names = "\0".join(items.paths).encode("utf-8", "surrogateescape")
     arrays: dict[str, Any] = {
         "pids": items.pids,
@@ -161,7 +161,7 @@ def _write_items(file: _Counted, items: Items) -> None:
         file.write(archive.getbuffer())
 
 
-def _write_faiss(file: _Counted, index: Any) -> None:
+def _write_faiss(file: _HashingWriter, index: Any) -> None:
     import faiss
 
     faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
@@ -169,21 +169,21 @@ def _write_faiss(file: _Counted, index: Any) -> None:
 
 def _render(facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> bytes:
     manifest = {"format": FORMAT, "version": VERSION, **facts, "files": files}
-    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2)
+    text = json.dumps({**manifest, "sha256": manifest_digest(manifest)}, indent=2)
     return (text + "\n").encode()
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    """Of the manifest itself, without its own checksum."""
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """The SHA-256 of a manifest without its own checksum."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _numbered(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if _OURS.fullmatch(path.name)]
+    return [path.name for path in folder.iterdir() if _INDEX_FILE.fullmatch(path.name)]
 
 
 def _next_number(folder: Path) -> int:
-    """One that no file has, not even one that a killed write left."""
+    """A number that no file has, including files that a killed write left."""
     numbers = [int(name.partition("-")[2][:6]) for name in _numbered(folder)]
     return max(numbers, default=0) + 1
 
@@ -198,22 +198,22 @@ def _remove(folder: Path, names: list[str]) -> None:
 
 
 def holds_index(folder: Path) -> bool:
-    """Whether there is an index, whole or damaged."""
+    """Whether a folder holds an index, even a damaged one."""
     return (folder / MANIFEST).exists()
 
 
 def read_contents(folder: Path) -> Contents:
-    """Read an index, after its checksums.
+    """Read an index after checking its checksums.
 
     Raises:
-        DataError: There is none, it is damaged, of a newer format, or no index of reidreg.
+        DataError: There is none, or it is damaged, of a newer format, or not one of reidreg.
     """
     for _ in range(_ATTEMPTS - 1):
         manifest = read_manifest(folder)
         try:
             return _read(folder, manifest)
         except FileNotFoundError:
-            continue  # Another process has just replaced the index, and deleted these files.
+            continue  # Another process replaced the index and deleted these files.
     try:
         return _read(folder, read_manifest(folder))
     except FileNotFoundError as error:
@@ -221,7 +221,7 @@ def read_contents(folder: Path) -> Contents:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest says, checked.
+    """The manifest, checked and without its own checksum.
 
     Raises:
         DataError: As for `read_contents`.
@@ -236,14 +236,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({_reason(error)})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is no manifest of an index of reidreg")
+        raise DataError(f"{path} is not the manifest of a reidreg index")
     if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
         raise DataError(
             f"{folder} has format {manifest.get('version')}, this reidreg reads up to {VERSION}: "
             "upgrade reidreg"
         )
     digest = manifest.pop("sha256", None)
-    if digest != _digest(manifest):
+    if digest != manifest_digest(manifest):
         raise _damaged(folder, f"{MANIFEST} does not match its checksum")
     return manifest
 
@@ -263,16 +263,16 @@ def _read(folder: Path, manifest: dict[str, Any]) -> Contents:
             index = _read_faiss(folder / by_kind["candidates"])
     except FileNotFoundError:
         raise
-    except Exception as error:  # numpy and faiss raise whatever their parsers did
+    except Exception as error:  # numpy and faiss raise exceptions of any type
         raise _damaged(folder, _reason(error)) from error
     return Contents(facts, Vectors([vectors]), items, index)
 
 
 def _check(folder: Path, name: str, wanted: dict[str, Any]) -> None:
-    """Compare a file's size and checksum with the manifest's."""
+    """Compare the size and checksum of a file with those in the manifest."""
     digest, count = hashlib.sha256(), 0
-    if not _OURS.fullmatch(name):
-        raise _damaged(folder, f"{MANIFEST} names {name!r}, which is no file of an index")
+    if not _INDEX_FILE.fullmatch(name):
+        raise _damaged(folder, f"{MANIFEST} names {name!r}, which is not a file of an index")
     try:
         with (folder / name).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -303,10 +303,12 @@ def _read_faiss(path: Path) -> Any:
 
 
 def _damaged(folder: Path, what: str) -> DataError:
-    return DataError(f"the index {folder} is damaged: {what}; build it anew")
+    return DataError(
+        f"the index {folder} is damaged: {what}; rebuild it with `reidreg index build`"
+    )
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:100]

@@ -304,8 +304,8 @@ class GalleryIndex:
         """
         if model is not None and self.model is not None and model.digest != self.model.digest:
             raise DataError(
-                f"{model.ckpt} is another model, or has other options, than what made the index "
-                f"({self.model.ckpt}); their features cannot be compared"
+                f"{model.ckpt} is another model, or has other options, than the one that the index "
+                f"was built with ({self.model.ckpt}); their features cannot be compared"
             )
 
     def _contents(self) -> Contents:

@@ -1,4 +1,4 @@
-"""What goes into an index, and what looks for it: features from files, or of images by a model."""
+"""Features for an index and for its queries: from a file, or of images by a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from reidreg.model.restore import restore_embedder
 from reidreg.values import Embeddings, Sample
 
 _FEATURE_SUFFIXES = (".npz", ".safetensors")
-_FEATURES = ("input", "backbone", "head")  # the sections that features depend on
+_FEATURE_SECTIONS = ("input", "backbone", "head")  # of the configuration; features depend on them
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that makes features, as it was read.
+    """A checkpoint that extracts features, with its configuration.
 
     Args:
         path: Its file.
-        checkpoint: What it holds.
+        checkpoint: Its contents.
         config: Its configuration, with overrides.
     """
 
@@ -41,7 +41,7 @@ class Source:
 
     @classmethod
     def of(cls, ckpt: str | Path, *layers: Layer, flags: Sequence[str] = ()) -> Source:
-        """Read a checkpoint, with overrides of its configuration."""
+        """Read a checkpoint and override its configuration."""
         checkpoint = load_checkpoint(ckpt)
         config = load_config(checkpoint.config, *layers, flags=flags)
         return cls(Path(ckpt), checkpoint, config)
@@ -50,16 +50,16 @@ class Source:
     def of_index(
         cls, index: GalleryIndex, ckpt: str | Path | None, flags: Sequence[str] = ()
     ) -> Source:
-        """The checkpoint of an index, used as it was when the index was built.
+        """The checkpoint of an index, with the configuration that the index was built with.
 
         Args:
             index: The index.
-            ckpt: Where the checkpoint is now, or None if it is where it was.
-            flags: Overrides, of the device perhaps.
+            ckpt: The checkpoint file, or None for the path that the index stores.
+            flags: Overrides, such as of the device.
 
         Raises:
-            ConfigError: The index does not know its model, and no checkpoint is given.
-            DataError: It is another model's.
+            ConfigError: The index stores no model, and no checkpoint is given.
+            DataError: The checkpoint is of another model.
         """
         if ckpt is None and index.model is None:
             raise ConfigError(
@@ -69,28 +69,28 @@ class Source:
             return cls.of(str(ckpt), flags=flags)
         path, options = Path(ckpt or index.model.ckpt), index.model.config
         checkpoint = load_checkpoint(path)
-        # Before its configuration is joined with that of another model.
+        # First, as the stored options may not fit the configuration of another model.
         index.check_model(_model(path, checkpoint, options))
         source = cls(path, checkpoint, load_config(checkpoint.config, options, flags=flags))
         index.check_model(source.model())
         return source
 
     def model(self) -> FeatureModel:
-        """What an index keeps of it."""
+        """The model as an index stores it."""
         values = self.config.as_dict()
-        options = {section: values[section] for section in _FEATURES}
+        options = {section: values[section] for section in _FEATURE_SECTIONS}
         return _model(self.path, self.checkpoint, options)
 
     def metric(self) -> str:
-        """The metric that it was evaluated with."""
+        """The metric that the checkpoint was evaluated with."""
         return str(self.config.evaluator.options.get("metric", "cosine"))
 
     def threshold(self, metric: str) -> Threshold | None:
-        """The threshold that is stored with it, if it is one for this metric and these options."""
+        """The threshold of the checkpoint, or None if it is of another metric or configuration."""
         figures = self.checkpoint.metrics.get("verification") or {}
         own = load_config(self.checkpoint.config)
         measured_with = figures.get("metric", own.evaluator.options.get("metric", "cosine"))
-        same = all(getattr(own, key) == getattr(self.config, key) for key in _FEATURES)
+        same = all(getattr(own, key) == getattr(self.config, key) for key in _FEATURE_SECTIONS)
         if figures.get("threshold") is None or measured_with != metric or not same:
             return None
         return Threshold(figures["threshold"], figures.get("far"))
@@ -100,7 +100,7 @@ class Source:
         return restore_embedder(self.checkpoint, self.config).embed(samples, what)
 
     def embed_split(self, split: str) -> Embeddings:
-        """The features of a split of the configured data set."""
+        """The features of a split of the configured dataset."""
         return extract_checkpoint(self.checkpoint, self.config, split=split, images=None)
 
 
@@ -111,12 +111,12 @@ def _model(path: Path, checkpoint: Checkpoint, options: dict[str, Any]) -> Featu
 
 
 def is_feature_file(path: str) -> bool:
-    """Whether a name is that of a file of features, and not of an image or a folder."""
+    """Whether a path names a file of features rather than an image or a folder."""
     return path.lower().endswith(_FEATURE_SUFFIXES)
 
 
 def features_of_file(path: str) -> Embeddings:
-    """The features of a file; each without the path of an image is named by its row, `f.npz#17`."""
+    """The features of a file; if it has no paths, each is named by its row, such as `f.npz#17`."""
     found = load_features(path, labelled=False)
     if found.paths:
         return found
@@ -124,14 +124,14 @@ def features_of_file(path: str) -> Embeddings:
 
 
 def samples_of(paths: Sequence[str], camid: int | None) -> list[Sample]:
-    """Images, and those of folders, as samples of unknown people.
+    """Image files, and the images of folders, as samples of unknown identity.
 
     Args:
         paths: Image files and folders.
-        camid: The camera that took them, or None if it is not known.
+        camid: Their camera, or None if it is unknown.
 
     Raises:
-        DataError: There is no such file, or a folder holds no images.
+        DataError: A path does not exist, or a folder holds no images.
     """
     samples = []
     for path in paths:
@@ -145,7 +145,7 @@ def samples_of(paths: Sequence[str], camid: int | None) -> list[Sample]:
 
 
 def with_camid(embeddings: Embeddings, camid: int | None) -> Embeddings:
-    """The same, all of them by one camera if it is given."""
+    """The same embeddings, all with one camera if it is given."""
     if camid is None:
         return embeddings
     return replace(embeddings, camids=torch.full_like(embeddings.camids, camid))

@@ -1,4 +1,4 @@
-"""Indexes: exact or measured, whole on disk whatever happens, and by the command line."""
+"""Gallery indexes: exact and approximate search, their files, and the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from reidreg.cli.main import main
 from reidreg.errors import ConfigError, DataError
 from reidreg.index import tuning
 from reidreg.index.approximate import MIN_ITEMS, choose_type
-from reidreg.index.files import MANIFEST
+from reidreg.index.files import MANIFEST, manifest_digest
 from reidreg.index.gallery import add_to_index, without_junk
 from reidreg.index.records import FeatureModel, Threshold
 from reidreg.index.source import Source
@@ -44,7 +44,7 @@ TYPES = ("flat", *APPROXIMATE)
 
 
 def clustered(count: int, dim: int = 32, seed: int = 0, cameras: int = 4) -> Embeddings:
-    """Features as a model makes them: those of one person lie together."""
+    """Features in clusters, one for each person, as a model extracts them."""
     rng = np.random.default_rng(seed)
     people = rng.standard_normal((count // 10, dim))
     pids = rng.integers(0, len(people), count)
@@ -59,8 +59,8 @@ def clustered(count: int, dim: int = 32, seed: int = 0, cameras: int = 4) -> Emb
 
 def unlabelled(features: Any, paths: tuple[str, ...] = ()) -> Embeddings:
     features = torch.as_tensor(features, dtype=torch.float32)
-    nobody = torch.full((len(features),), -1)
-    return Embeddings(features, nobody, nobody, paths)
+    unknown = torch.full((len(features),), -1)
+    return Embeddings(features, unknown, unknown, paths)
 
 
 def part(embeddings: Embeddings, rows: slice) -> Embeddings:
@@ -75,15 +75,15 @@ def part(embeddings: Embeddings, rows: slice) -> Embeddings:
 def exact(
     features: torch.Tensor, gallery: Embeddings, k: int, metric: str, camids: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ranked lists that leave out a camera's items whoever they show: everybody is one pid."""
+    """Ranked lists that leave out all items of a camera: every item gets the same pid."""
     width = min(k, len(gallery.pids))
     query = Embeddings(
         features,
         torch.zeros(len(features), dtype=torch.int64),
         torch.as_tensor(camids) if camids is not None else torch.full((len(features),), -9),
     )
-    everybody = replace(gallery, pids=torch.zeros_like(gallery.pids))
-    return ranked_lists(query, everybody, k=width, metric=metric)
+    one_pid = replace(gallery, pids=torch.zeros_like(gallery.pids))
+    return ranked_lists(query, one_pid, k=width, metric=metric)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def gallery() -> Embeddings:
 
 @pytest.fixture(scope="module")
 def indexes(gallery: Embeddings) -> dict[str, GalleryIndex]:
-    """One of each type; nobody changes them."""
+    """One index of each type; tests must not change them."""
     return {name: GalleryIndex.build(gallery, index_type=name, recall=0.9) for name in TYPES}
 
 
@@ -106,7 +106,7 @@ def indexes(gallery: Embeddings) -> dict[str, GalleryIndex]:
     metric=st.sampled_from(["cosine", "euclidean"]),
     exclude=st.booleans(),
 )
-def test_flat_is_ranked_lists_whatever_ties(
+def test_flat_equals_ranked_lists_also_with_ties(
     data: st.DataObject, metric: str, exclude: bool
 ) -> None:
     dim = data.draw(st.integers(1, 3))
@@ -127,8 +127,8 @@ def test_flat_is_ranked_lists_whatever_ties(
     torch.testing.assert_close(scores, shown, rtol=0, atol=1e-6)
 
 
-def test_flat_is_exact_where_float32_cannot_tell_items_apart() -> None:
-    # 300 items that differ by less than float32 products can tell, and as many equal ones.
+def test_flat_is_exact_where_float32_products_are_equal() -> None:
+    # 300 items with differences below the precision of float32 products, and 300 equal ones.
     rng = np.random.default_rng(0)
     base = np.ones((1, 64), dtype=np.float32)
     near = base + rng.integers(0, 3, (300, 64)) * np.float32(2**-22)
@@ -147,8 +147,8 @@ def test_flat_is_exact_for_features_of_any_length(length: float, gallery: Embedd
     assert torch.equal(index.search(query, 8)[0], exact(query, scaled, 8, "euclidean")[0])
 
 
-def test_a_query_far_longer_than_the_items_is_still_answered_exactly() -> None:
-    # So far that the squares overflow float32, in which candidates are compared.
+def test_the_search_is_exact_for_a_query_far_longer_than_the_items() -> None:
+    # The squares overflow float32, in which candidates are compared.
     items = unlabelled(1e-3 * np.random.default_rng(0).standard_normal((200, 4)))
     index = GalleryIndex.build(items, metric="euclidean")
     query = torch.full((1, 4), 1e18)
@@ -159,7 +159,7 @@ def test_a_query_far_longer_than_the_items_is_still_answered_exactly() -> None:
     assert len(tiny) == 1 and tiny.search(torch.ones(1, 4))[0].tolist() == [[0]]
 
 
-def test_half_precision_features_are_taken_as_the_numbers_that_they_are(
+def test_half_precision_features_keep_their_values(
     gallery: Embeddings,
 ) -> None:
     half = replace(gallery, features=gallery.features.to(torch.bfloat16))
@@ -169,7 +169,7 @@ def test_half_precision_features_are_taken_as_the_numbers_that_they_are(
     assert torch.equal(index.search(query, 6)[0], wanted[0])
 
 
-def test_vectors_in_pieces_are_read_as_one() -> None:
+def test_vectors_in_pieces_are_read_as_one_array() -> None:
     rows = np.arange(22, dtype=np.float32).reshape(11, 2)
     vectors = Vectors([rows[:4], rows[4:5], rows[5:]])
     wanted = np.array([10, 0, 4, 3, 4, 5])
@@ -183,7 +183,7 @@ def test_vectors_in_pieces_are_read_as_one() -> None:
 
 
 @pytest.mark.parametrize("name", APPROXIMATE)
-def test_the_recall_that_is_stated_is_what_a_naive_count_finds(
+def test_the_measured_recall_equals_a_naive_count(
     name: str, indexes: dict[str, GalleryIndex], gallery: Embeddings
 ) -> None:
     index = indexes[name]
@@ -200,7 +200,7 @@ def test_the_recall_that_is_stated_is_what_a_naive_count_finds(
 
 
 @pytest.mark.parametrize("name", APPROXIMATE)
-def test_what_is_found_is_in_exact_order_with_exact_scores(
+def test_approximate_results_have_exact_order_and_scores(
     name: str, indexes: dict[str, GalleryIndex], gallery: Embeddings
 ) -> None:
     numbers, scores = indexes[name].search(gallery.features[:50], 5)
@@ -214,7 +214,7 @@ def test_what_is_found_is_in_exact_order_with_exact_scores(
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("name", APPROXIMATE)
 def test_a_higher_recall_is_reached_by_searching_more(name: str, metric: str) -> None:
-    # Without clusters the nearest items are spread over the cells.
+    # Without clusters, the nearest items are spread over many cells.
     items = unlabelled(np.random.default_rng(1).standard_normal((700, 8)))
     low = GalleryIndex.build(items, index_type=name, metric=metric, recall=0.3)
     high = GalleryIndex.build(items, index_type=name, metric=metric, recall=0.99)
@@ -224,7 +224,7 @@ def test_a_higher_recall_is_reached_by_searching_more(name: str, metric: str) ->
     assert high.settings != low.settings or low.recall.reached >= 0.99
 
 
-def test_a_recall_out_of_reach_is_said(
+def test_a_recall_out_of_reach_is_logged(
     gallery: Embeddings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tuning, "search_settings", lambda index: [{"nprobe": 1}])
@@ -235,10 +235,8 @@ def test_a_recall_out_of_reach_is_said(
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_leaving_out_a_camera_never_gives_fewer_than_there_are(
-    name: str, gallery: Embeddings
-) -> None:
-    # All but five items are by camera 0; a few cells, or a walk on the graph, may miss them.
+def test_excluding_a_camera_still_finds_all_other_items(name: str, gallery: Embeddings) -> None:
+    # All but five items are by camera 0; searching a few cells, or the graph, may miss the five.
     camids = torch.zeros(900, dtype=torch.int64)
     camids[torch.tensor([3, 250, 500, 750, 899])] = 1
     items = replace(gallery, camids=camids)
@@ -252,7 +250,7 @@ def test_leaving_out_a_camera_never_gives_fewer_than_there_are(
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_more_than_there_are_gives_all_of_them_in_order(
+def test_a_k_beyond_the_size_gives_all_items_in_order(
     name: str, indexes: dict[str, GalleryIndex], gallery: Embeddings
 ) -> None:
     numbers, _ = indexes[name].search(gallery.features[:3], 5000)
@@ -260,7 +258,7 @@ def test_more_than_there_are_gives_all_of_them_in_order(
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_each_query_leaves_out_its_own_camera(
+def test_each_query_excludes_its_own_camera(
     name: str, indexes: dict[str, GalleryIndex], gallery: Embeddings
 ) -> None:
     numbers, _ = indexes[name].search(gallery.features[:60], 8, gallery.camids[:60])
@@ -279,7 +277,7 @@ def test_the_same_gallery_gives_the_same_files(
 
 
 def test_building_prints_nothing(gallery: Embeddings, capfd: pytest.CaptureFixture[str]) -> None:
-    # faiss writes its warnings to the process's own stdout and stderr.
+    # faiss writes its warnings to the file descriptors of stdout and stderr.
     for name in TYPES:
         count = MIN_ITEMS[name]
         GalleryIndex.build(part(gallery, slice(0, count)), index_type=name)
@@ -288,13 +286,13 @@ def test_building_prints_nothing(gallery: Embeddings, capfd: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("name", APPROXIMATE)
-def test_features_of_few_numbers_can_be_indexed(name: str, dim: int) -> None:
+def test_features_of_few_dimensions_can_be_indexed(name: str, dim: int) -> None:
     items = unlabelled(np.random.default_rng(0).standard_normal((700, dim)))
     index = GalleryIndex.build(items, index_type=name, metric="euclidean")
     assert index.search(items.features[:9], 1)[0].flatten().tolist() == list(range(9))
 
 
-def test_auto_takes_what_its_rule_says() -> None:
+def test_auto_chooses_the_type_by_size_and_recall() -> None:
     million = 2**20
     assert choose_type("auto", million, 512, 0.95) == "flat"
     assert choose_type("auto", million + 1, 512, 0.95) == "ivf"
@@ -308,7 +306,7 @@ def test_auto_takes_what_its_rule_says() -> None:
         choose_type("ivff", 10, 8, 0.95)
 
 
-def test_too_few_items_to_train_are_said_and_compared_one_by_one(
+def test_with_too_few_items_to_train_the_index_is_flat_and_says_so(
     gallery: Embeddings, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "reidreg")
@@ -321,7 +319,7 @@ def test_too_few_items_to_train_are_said_and_compared_one_by_one(
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_a_loaded_index_goes_on_where_it_was_saved(
+def test_a_loaded_index_equals_the_saved_one_and_can_grow(
     name: str, indexes: dict[str, GalleryIndex], gallery: Embeddings, tmp_path: Path
 ) -> None:
     index = indexes[name]
@@ -344,7 +342,7 @@ def test_a_loaded_index_goes_on_where_it_was_saved(
     assert all("000002" in path.name for path in tmp_path.glob("*-*"))
 
 
-def test_names_of_any_bytes_come_back(tmp_path: Path) -> None:
+def test_paths_of_any_bytes_are_restored(tmp_path: Path) -> None:
     paths = ("a b.jpg", "카메라/1.jpg", os.fsdecode(b"\xff\xfe.jpg"))
     GalleryIndex.build(unlabelled(torch.eye(3), paths)).save(tmp_path)
     assert GalleryIndex.load(tmp_path).items.paths == paths
@@ -357,7 +355,7 @@ def test_names_of_any_bytes_come_back(tmp_path: Path) -> None:
     assert sorted(index.search(torch.eye(3)[:1], 9)[0].flatten().tolist()) == [0, 1, 2]
 
 
-def test_the_umask_decides_who_reads_an_index(tmp_path: Path, gallery: Embeddings) -> None:
+def test_index_files_respect_the_umask(tmp_path: Path, gallery: Embeddings) -> None:
     before = os.umask(0o027)
     try:
         GalleryIndex.build(gallery, index_type="ivf").save(tmp_path / "index")
@@ -368,12 +366,12 @@ def test_the_umask_decides_who_reads_an_index(tmp_path: Path, gallery: Embedding
 
 
 class Killed(BaseException):
-    """What no handler of errors sees, as nothing sees a kill."""
+    """Stands for SIGKILL: no `except Exception` catches it."""
 
 
 @pytest.mark.parametrize("moment", range(4))
 @pytest.mark.parametrize("error", [Killed(), OSError(28, "No space left on device")])
-def test_a_write_that_ends_halfway_leaves_the_old_index(
+def test_an_interrupted_write_leaves_the_old_index(
     moment: int, error: BaseException, on_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = clustered(20, seed=3)
@@ -394,13 +392,13 @@ def test_a_write_that_ends_halfway_leaves_the_old_index(
         assert "No space left on device" in str(caught.value)
         assert len(list(on_disk.glob("*-*"))) == 3
     assert len(GalleryIndex.load(on_disk)) == 900
-    # The next write clears up.
+    # The next write deletes the leftover files.
     assert len(add_to_index(on_disk, more)) == 920
     assert len(list(on_disk.glob("*-*"))) == 3
     assert len(GalleryIndex.load(on_disk)) == 920
 
 
-def test_a_reader_beside_a_writer_gets_the_old_or_the_new_index(
+def test_a_reader_retries_when_a_writer_replaces_the_index(
     gallery: Embeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from reidreg.index import files
@@ -414,7 +412,7 @@ def test_a_reader_beside_a_writer_gets_the_old_or_the_new_index(
     assert len(GalleryIndex.load(tmp_path)) == 910
 
 
-def test_two_writers_at_once_are_refused(gallery: Embeddings, tmp_path: Path) -> None:
+def test_a_second_concurrent_writer_is_refused(gallery: Embeddings, tmp_path: Path) -> None:
     index = GalleryIndex.build(gallery)
     index.save(tmp_path)
     with exclusive(tmp_path, "index", ""), pytest.raises(ConfigError, match="in use by process"):
@@ -440,12 +438,12 @@ def flip(path: Path, place: float) -> None:
 @pytest.mark.parametrize(
     "name", ["vectors-000001.npy", "items-000001.npz", "candidates-000001.faiss"]
 )
-def test_a_damaged_file_is_one_line_and_faiss_never_sees_it(
+def test_a_damaged_file_is_a_one_line_error_and_faiss_never_reads_it(
     name: str, place: float, on_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import faiss
 
-    monkeypatch.setattr(faiss, "read_index", lambda *given: pytest.fail("faiss was asked"))
+    monkeypatch.setattr(faiss, "read_index", lambda *given: pytest.fail("faiss was called"))
     flip(on_disk / name, place)
     with pytest.raises(DataError, match=f"damaged: {name} does not match its checksum") as caught:
         GalleryIndex.load(on_disk)
@@ -459,7 +457,7 @@ def test_a_damaged_file_is_one_line_and_faiss_never_sees_it(
         GalleryIndex.load(on_disk)
 
 
-def test_a_damaged_manifest_is_one_line(on_disk: Path) -> None:
+def test_a_damaged_manifest_is_a_one_line_error(on_disk: Path) -> None:
     path = on_disk / MANIFEST
     text = path.read_text()
     for damaged in (text.replace('"nprobe": ', '"nprobe": 1'), text.replace("cosine", "cosinf")):
@@ -473,26 +471,22 @@ def test_a_damaged_manifest_is_one_line(on_disk: Path) -> None:
     with pytest.raises(DataError, match="reads up to 1: upgrade"):
         GalleryIndex.load(on_disk)
     path.write_text("[]")
-    with pytest.raises(DataError, match="no manifest of an index"):
+    with pytest.raises(DataError, match="not the manifest of a reidreg index"):
         GalleryIndex.load(on_disk)
 
 
 @pytest.mark.parametrize("foreign", ["../vectors-000001.npy", "/etc/passwd"])
-def test_a_manifest_names_files_of_its_own_folder_only(foreign: str, on_disk: Path) -> None:
-    from reidreg.index.files import _digest
-
+def test_a_manifest_may_only_name_files_of_its_folder(foreign: str, on_disk: Path) -> None:
     manifest = json.loads((on_disk / MANIFEST).read_text())
     manifest["files"][foreign] = manifest["files"].pop("vectors-000001.npy")
     manifest.pop("sha256")
-    manifest["sha256"] = _digest(manifest)
+    manifest["sha256"] = manifest_digest(manifest)
     (on_disk / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="which is no file of an index"):
+    with pytest.raises(DataError, match="which is not a file of an index"):
         GalleryIndex.load(on_disk)
 
 
-def test_files_of_two_indexes_do_not_go_together(on_disk: Path, gallery: Embeddings) -> None:
-    from reidreg.index.files import _digest
-
+def test_files_of_two_indexes_are_refused(on_disk: Path, gallery: Embeddings) -> None:
     other = on_disk.parent / "other"
     GalleryIndex.build(part(gallery, slice(0, 800))).save(other)
     manifest, second = (json.loads((folder / MANIFEST).read_text()) for folder in (on_disk, other))
@@ -500,12 +494,12 @@ def test_files_of_two_indexes_do_not_go_together(on_disk: Path, gallery: Embeddi
     (on_disk / name).write_bytes((other / name).read_bytes())
     manifest["files"][name] = second["files"][name]
     manifest.pop("sha256")
-    (on_disk / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}))
+    (on_disk / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
     with pytest.raises(DataError, match="do not go together"):
         GalleryIndex.load(on_disk)
 
 
-def test_a_folder_without_an_index_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_an_index_is_an_error(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(DataError, match="no index at .*`reidreg index build` makes one"):
             GalleryIndex.load(folder)
@@ -517,7 +511,7 @@ def test_a_folder_without_an_index_is_said(tmp_path: Path) -> None:
 # --------------------------------------------------------------------- wrong input
 
 
-def test_features_that_cannot_be_compared_are_named(gallery: Embeddings) -> None:
+def test_the_error_names_features_that_cannot_be_compared(gallery: Embeddings) -> None:
     index = GalleryIndex.build(part(gallery, slice(0, 20)))
     bad = gallery.features[:3].clone()
     bad[1, 0] = torch.nan
@@ -540,7 +534,7 @@ def test_features_of_another_width_are_refused(name: str, indexes: dict[str, Gal
         indexes[name].add(unlabelled(torch.ones(1, 31)))
 
 
-def test_options_that_are_wrong_are_named(gallery: Embeddings) -> None:
+def test_invalid_options_are_errors(gallery: Embeddings) -> None:
     index = GalleryIndex.build(part(gallery, slice(0, 20)))
     with pytest.raises(ConfigError, match="k: 0 is too small"):
         index.search(gallery.features, 0)
@@ -557,7 +551,7 @@ def test_options_that_are_wrong_are_named(gallery: Embeddings) -> None:
         GalleryIndex.build(unlabelled(torch.empty(0, 4)))
 
 
-def test_one_item_is_an_index(tmp_path: Path) -> None:
+def test_an_index_of_one_item_works(tmp_path: Path) -> None:
     for name in TYPES:
         index = GalleryIndex.build(unlabelled(torch.ones(1, 4)), index_type=name)
         index.save(tmp_path / name)
@@ -565,29 +559,29 @@ def test_one_item_is_an_index(tmp_path: Path) -> None:
         assert numbers.tolist() == [[0], [0]] and scores.tolist() == [[1.0], [1.0]]
 
 
-def test_models_are_not_mixed(gallery: Embeddings, tmp_path: Path) -> None:
+def test_features_of_two_models_are_not_mixed(gallery: Embeddings, tmp_path: Path) -> None:
     one, two = (FeatureModel(f"/{name}.ckpt", name, {}) for name in ("one", "two"))
     GalleryIndex.build(gallery, model=one).save(tmp_path)
     with pytest.raises(DataError, match="/two.ckpt is another model"):
         add_to_index(tmp_path, gallery, model=two)
     assert len(add_to_index(tmp_path, gallery, model=one)) == 1800
-    # A file of features does not say who made it.
+    # A file of features does not name its model.
     assert len(add_to_index(tmp_path, gallery)) == 2700
     assert GalleryIndex.load(tmp_path).model == one
 
 
-def test_junk_is_left_out_where_people_are_known() -> None:
+def test_junk_is_removed_where_pids_are_known() -> None:
     features, camids = torch.eye(4), torch.arange(4)
     some = Embeddings(features, torch.tensor([3, -1, 0, -1]), camids, ("a", "b", "c", "d"))
     kept = without_junk(some)
     assert kept.pids.tolist() == [3, 0] and kept.camids.tolist() == [0, 2]
     assert kept.paths == ("a", "c") and torch.equal(kept.features, features[[0, 2]])
     assert without_junk(replace(some, paths=())).paths == ()
-    nobody = unlabelled(features)
-    assert without_junk(nobody) is nobody
+    unknown = unlabelled(features)
+    assert without_junk(unknown) is unknown
 
 
-def test_a_threshold_is_a_least_cosine_or_a_greatest_distance(gallery: Embeddings) -> None:
+def test_a_threshold_is_a_minimum_cosine_or_a_maximum_distance(gallery: Embeddings) -> None:
     scores = torch.tensor([0.1, 0.5, 0.9])
     cosine = GalleryIndex.build(part(gallery, slice(0, 5)))
     euclidean = GalleryIndex.build(part(gallery, slice(0, 5)), metric="euclidean")
@@ -600,7 +594,7 @@ def test_a_threshold_is_a_least_cosine_or_a_greatest_distance(gallery: Embedding
 
 @pytest.fixture(scope="module")
 def run(aihub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of one epoch, with a threshold, and files of its features."""
+    """A checkpoint after one epoch, with a threshold, and files of its features."""
     folder = tmp_path_factory.mktemp("run")
     config = load_config("aihub_kaist", small_run(aihub_root, folder / "run"))
     fit(config)
@@ -624,14 +618,14 @@ def built(run: Path) -> Iterator[Path]:
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a command fails with."""
+    """The one-line error of a command."""
     assert main([str(argument) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
 
 
 @pytest.mark.slow
-def test_a_search_in_a_process_of_its_own(
+def test_search_in_a_subprocess(
     built: Path,
     aihub_root: Path,
     reidreg: Command,
@@ -657,7 +651,7 @@ def test_a_search_in_a_process_of_its_own(
     assert "checksum" in said(capsys, "search", "--index", tmp_path / "index", "--query", images)
 
 
-def test_images_and_their_features_find_the_same(
+def test_images_and_their_features_give_the_same_results(
     run: Path, built: Path, aihub_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = []
@@ -685,7 +679,7 @@ def test_the_table_has_a_line_for_each_result(
     assert "same" not in capsys.readouterr().out
 
 
-def test_a_search_can_leave_out_the_camera_of_the_query(
+def test_search_can_exclude_the_camera_of_the_query(
     run: Path, built: Path, aihub_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     search = ["search", "--index", str(built), "--json", "--exclude_same_camera", "--query"]
@@ -701,7 +695,7 @@ def test_a_search_can_leave_out_the_camera_of_the_query(
     assert all(result["camid"] != 2 for result in query["results"])
 
 
-def test_an_index_of_a_folder_knows_its_camera_if_it_is_told(
+def test_camid_sets_the_camera_of_a_folder_of_images(
     run: Path, aihub_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, folder = aihub_root / "aihub_kaist/query", tmp_path / "index"
@@ -720,7 +714,7 @@ def test_an_index_of_a_folder_knows_its_camera_if_it_is_told(
     assert query["results"][0]["score"] == pytest.approx(1, abs=1e-5)
 
 
-def test_features_of_any_system_make_an_index(
+def test_an_index_can_be_built_from_a_file_of_features(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], gallery: Embeddings
 ) -> None:
     np.savez(tmp_path / "f.npz", features=gallery.features.numpy())
@@ -744,7 +738,7 @@ def test_features_of_any_system_make_an_index(
     assert "knows no model; give --ckpt" in said(capsys, "search", "--index", folder, *image)
 
 
-def test_another_model_is_refused_in_one_line(
+def test_another_model_is_a_one_line_error(
     run: Path, built: Path, aihub_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = str(aihub_root / "aihub_kaist/query")
@@ -756,7 +750,7 @@ def test_another_model_is_refused_in_one_line(
     assert main([str(word) for word in [*search, "--train.device", "cpu"]]) == 0
 
 
-def test_the_model_may_move_and_be_evaluated_again(
+def test_the_checkpoint_may_move_and_be_evaluated_again(
     run: Path, built: Path, aihub_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = load_checkpoint(run / "best.ckpt")
@@ -768,7 +762,7 @@ def test_the_model_may_move_and_be_evaluated_again(
     assert "no checkpoint at" in said(capsys, *search, tmp_path / "gone.ckpt")
 
 
-def test_a_threshold_is_stored_only_where_it_holds(run: Path, tmp_path: Path) -> None:
+def test_a_threshold_is_stored_only_for_its_metric_and_options(run: Path, tmp_path: Path) -> None:
     ckpt, stored = run / "best.ckpt", Threshold(0.97, 1e-3)
     assert Source.of(ckpt).threshold("cosine") == stored
     assert Source.of(ckpt).threshold("euclidean") is None
@@ -802,7 +796,7 @@ def test_a_threshold_is_stored_only_where_it_holds(run: Path, tmp_path: Path) ->
         (["search", "--query", "y"], "--index"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_invalid_arguments_are_a_one_line_error(
     arguments: list[str],
     words: str,
     capsys: pytest.CaptureFixture[str],
@@ -817,7 +811,7 @@ def test_a_mistake_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_beside_an_index_are_one_line(
+def test_invalid_queries_are_a_one_line_error(
     run: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     search = ["search", "--index", built, "--query"]
