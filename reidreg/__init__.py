@@ -63,7 +63,7 @@ _HOMES = {
     "single_shot_positions_of_rows": "retrieval.singleshot",
     "synthesize": "synthesis.dataset",
     "verification_figures": "retrieval.verification",
-    "write_report": "report",
+    "write_report": "report.write",
 }
 
 __all__ = [
@@ -152,7 +152,7 @@ if TYPE_CHECKING:
     )
     from reidreg.parts.plugins import load_plugins
     from reidreg.parts.registry import Registry
-    from reidreg.report import write_report
+    from reidreg.report.write import write_report
     from reidreg.retrieval.bootstrap import bootstrap_intervals
     from reidreg.retrieval.cameras import camera_pairs
     from reidreg.retrieval.expansion import expand_queries

@@ -351,7 +351,7 @@ def _evaluate_features(evaluator: dict[str, Any], own: dict[str, Any], given: se
 
 def _write_report(result: Evaluation, output: Path) -> None:
     from reidreg.logs.console import logger
-    from reidreg.report import write_report
+    from reidreg.report.write import write_report
 
     page = write_report(result, output / "report")
     shown = result.query.paths and result.gallery.paths

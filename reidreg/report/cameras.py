@@ -1,4 +1,4 @@
-"""The table of camera pairs: a matrix of the query's and the gallery's cameras."""
+"""The table of camera pairs: query cameras by gallery cameras."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from reidreg.report.figures import is_number
 
-HEATS = 10  # classes of the style sheet: a colour for each tenth
+HEAT_LEVELS = 10  # colours of the heat map; page.css has a class for each
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Cell:
     Args:
         precision: mAP, a fraction.
         rank1: Rank-1, a fraction, or None.
-        queries: Queries of the one camera with a match in the other, or None.
-        heat: 0..HEATS, by mAP.
+        queries: Queries of one camera with a match in the other, or None.
+        heat: The colour by mAP, 0..HEAT_LEVELS.
     """
 
     precision: float
@@ -30,14 +30,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Cells by camera of the query (rows) and of the gallery (columns)."""
+    """Cells by query camera (rows) and gallery camera (columns)."""
 
     columns: list[Any]
     rows: list[tuple[Any, list[Cell | None]]]
 
 
 def camera_matrix(pairs: Sequence[Mapping[str, Any]]) -> Matrix | None:
-    """The matrix of a list of camera pairs; None where no pair has figures."""
+    """The matrix of a list of camera pairs, or None if no pair has figures."""
     cells = {
         (pair["query_camera"], pair["gallery_camera"]): _cell(pair)
         for pair in pairs
@@ -58,10 +58,10 @@ def _cell(pair: Mapping[str, Any]) -> Cell:
         precision=pair["mAP"],
         rank1=rank1 if is_number(rank1) else None,
         queries=pair.get("num_queries"),
-        heat=round(min(max(pair["mAP"], 0.0), 1.0) * HEATS),
+        heat=round(min(max(pair["mAP"], 0.0), 1.0) * HEAT_LEVELS),
     )
 
 
 def _sorted(cameras: set[Any]) -> list[Any]:
-    """Numbers by size, before names."""
+    """Numbers in ascending order, then names."""
     return sorted(cameras, key=lambda c: (isinstance(c, str), c if is_number(c) else 0, str(c)))

@@ -1,4 +1,4 @@
-"""Curves as coordinates; the page's template draws them, so that they follow its colours."""
+"""Charts as coordinates; the template draws them as SVG, so that they follow its style sheet."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from reidreg.report.figures import blocks, is_number
 
-WIDTH, HEIGHT, TALL = 520, 320, 500
+WIDTH, HEIGHT, TALL_HEIGHT = 520, 320, 500
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 14, 26, 54
 _SCORES = {"cosine": "Cosine similarity", "euclidean": "Squared Euclidean distance"}
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values along one side of a chart.
+    """A linear axis of a chart.
 
     Args:
         low: The value at `start`.
         high: The value at `stop`.
-        start: Where it begins, in the chart's units.
-        stop: Where it ends.
+        start: The position where it begins, in the chart's units.
+        stop: The position where it ends.
     """
 
     low: float
@@ -31,17 +31,17 @@ class Axis:
     stop: float
 
     def at(self, value: float) -> float:
-        """Where a value lies."""
+        """The position of a value."""
         share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.stop - self.start), 1)
 
     def ticks(self, count: int = 5) -> list[tuple[float, float]]:
-        """About `count` round values, each with its place."""
+        """About `count` round values, each with its position."""
         rough = (self.high - self.low) / count
         scale = 10.0 ** math.floor(math.log10(rough))
         steps = [m * scale for m in (1, 2, 5, 10)]
         fitting = next(n for n, step in enumerate(steps) if step >= rough * 0.999)
-        # Of a step that has no multiple inside, the next smaller one has; the smallest always has.
+        # A step may have no multiple on the axis; then the next smaller one has.
         return self._multiples(steps[fitting]) or self._multiples(steps[fitting - 1])
 
     def _multiples(self, step: float) -> list[tuple[float, float]]:
@@ -55,11 +55,11 @@ class Curve:
     """A line of a chart.
 
     Args:
-        name: For the legend.
+        name: Its name in the legend.
         style: Its class in the style sheet.
         path: An SVG path.
-        points: What a pointer can read off: x, y, text.
-        whiskers: Intervals: x, y of the lower end, y of the upper end.
+        points: Points with a tooltip: x, y, text.
+        whiskers: Confidence intervals: x, y of the lower end, y of the upper end.
     """
 
     name: str
@@ -71,19 +71,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, all but drawn.
+    """A chart in coordinates.
 
     Args:
         size: Width and height, in the chart's units.
         x: The horizontal axis.
         y: The vertical axis.
-        x_ticks: Place and text.
-        y_ticks: Place and text.
-        x_label: What x is.
-        y_label: What y is.
+        x_ticks: Position and text.
+        y_ticks: Position and text.
+        x_label: The label of the x axis.
+        y_label: The label of the y axis.
         curves: The lines.
-        summary: The chart in a sentence, for those who do not see it.
-        mark: A value of x to mark: place and text.
+        summary: The chart in a sentence, for screen readers.
+        mark: A marked value of x: position and text.
     """
 
     size: tuple[int, int]
@@ -99,7 +99,7 @@ class Chart:
 
 
 def cmc_chart(figures: Mapping[str, Any], height: int = HEIGHT) -> Chart | None:
-    """The CMC curves of the raw figures and of each post-processed block, or None without any."""
+    """The CMC curves of the raw and the post-processed figures, or None if there are none."""
     found = {title: block for title, block in blocks(figures).items() if block.get("cmc")}
     if not found:
         return None
@@ -107,7 +107,7 @@ def cmc_chart(figures: Mapping[str, Any], height: int = HEIGHT) -> Chart | None:
     ends = [low for block in found.values() for _, low, _ in rank_intervals(block)]
     lowest = min([*ends, *(share for block in found.values() for share in block["cmc"])])
     x = Axis(1, max(ranks, 2), _LEFT, WIDTH - _RIGHT)
-    # From the ten per cent below the lowest point, so that good curves can be told apart.
+    # From the multiple of 10 % below the lowest point, so that good curves can be told apart.
     y = Axis(min(math.floor(lowest * 10) / 10, 0.9), 1, height - _BOTTOM, _TOP)
     curves = [
         Curve(
@@ -118,7 +118,7 @@ def cmc_chart(figures: Mapping[str, Any], height: int = HEIGHT) -> Chart | None:
                 (x.at(k), y.at(share), f"{title}, rank {k}: {share:.1%}")
                 for k, share in enumerate(block["cmc"], 1)
             ],
-            # Beside each other, where curves meet.
+            # Shifted, so that intervals of curves that meet do not overlap.
             whiskers=[
                 (x.at(k) + 3 * number, y.at(low), y.at(high))
                 for k, low, high in rank_intervals(block)
@@ -146,18 +146,18 @@ def cmc_chart(figures: Mapping[str, Any], height: int = HEIGHT) -> Chart | None:
 
 
 def rank_intervals(block: Mapping[str, Any]) -> list[tuple[int, float, float]]:
-    """The confidence intervals of a CMC curve where they are known: rank, low, high."""
+    """The known confidence intervals of a CMC curve: rank, low, high."""
     intervals = block.get("intervals", {})
     return [(k, *intervals[f"rank{k}"]) for k in (1, 5, 10) if intervals.get(f"rank{k}")]
 
 
 def score_name(verification: Mapping[str, Any]) -> str:
-    """What the scores of a block of figures are."""
+    """The name of the scores, by the metric of the figures."""
     return _SCORES.get(str(verification.get("metric")), "Score")
 
 
 def score_chart(verification: Mapping[str, Any]) -> Chart | None:
-    """How the scores of genuine and of impostor pairs lie, or None without a histogram."""
+    """The score histograms of genuine and impostor pairs, or None if there are none."""
     label = score_name(verification)
     histogram = verification.get("histogram")
     if not histogram:
@@ -184,15 +184,15 @@ def score_chart(verification: Mapping[str, Any]) -> Chart | None:
         x_label=label,
         y_label="Share of pairs",
         curves=curves,
-        summary=f"{label}: genuine pairs lie around {means['genuine']:.2f}, impostor pairs around "
-        f"{means['impostor']:.2f}"
-        + (f"; the threshold is {threshold:.3f}" if is_number(threshold) else ""),
+        summary=f"{label}: mean {means['genuine']:.2f} of genuine pairs, "
+        f"{means['impostor']:.2f} of impostor pairs"
+        + (f"; threshold {threshold:.3f}" if is_number(threshold) else ""),
         mark=mark,
     )
 
 
 def shares_of(counts: Sequence[float]) -> list[float]:
-    """Counts as shares of their sum; all zero where there is nothing."""
+    """Counts as shares of their sum; all zero if the sum is zero."""
     total = sum(counts)
     return [count / total if total else 0.0 for count in counts]
 
@@ -211,7 +211,7 @@ def _line(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _steps(x: Axis, y: Axis, edges: Sequence[float], shares: Sequence[float]) -> str:
-    """A closed outline of a histogram's bars."""
+    """The closed outline of a histogram, as an SVG path."""
     path = [f"M{x.at(edges[0]):g} {y.at(0):g}"]
     for right, share in zip(edges[1:], shares, strict=True):
         path.append(f"V{y.at(share):g}H{x.at(right):g}")

@@ -1,4 +1,4 @@
-"""Ranked galleries as one picture, for a slide or a message."""
+"""Ranked galleries as one picture."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from reidreg.report.galleries import RankedQuery
 _TILE = (64, 128)
 _GAP, _EDGE, _LINE, _LABEL = 10, 4, 15, 190
 _PAPER, _INK, _FAINT, _EMPTY = "#ffffff", "#1d1d1f", "#6e6e73", "#e5e5e8"
-# Told apart by frame and by sign, for those who do not see the colours.
+# Frame and sign differ as well, for readers who cannot tell the colours apart.
 _MATCH, _MISS, _QUERY = ("#1a7f37", "match"), ("#b3261e", "miss"), ("#1f4e9c", "query")
 
 
-def draw_sheet(queries: Sequence[RankedQuery], figures: Mapping[str, Any]) -> Image.Image:
-    """Draw queries with the gallery images that count, nearest first.
+def draw_contact_sheet(queries: Sequence[RankedQuery], figures: Mapping[str, Any]) -> Image.Image:
+    """Draw queries with their counted gallery images, nearest first.
 
-    A match has a solid green frame and a tick, a miss a dashed red one and a cross. An image whose
-    file is gone is an empty tile.
+    A match has a solid green frame and a tick, a miss a dashed red one and a cross. An image that
+    cannot be read is an empty tile.
 
     Args:
-        queries: What to show, the sorts one after another.
-        figures: The figures for the title.
+        queries: The queries, group by group.
+        figures: The figures of the title.
     """
     return _Sheet(queries, figures).image
 
@@ -38,19 +38,19 @@ class _Sheet:
         self.font = ImageFont.load_default(12)
         self.title = ImageFont.load_default(18)
         self.row_height = _TILE[1] + 2 * _LINE + 2 * _GAP
-        sorts = list(dict.fromkeys(query.sort for query in queries))
-        tiles = 1 + max((sum(_counting(query)) for query in queries), default=0)
+        groups = list(dict.fromkeys(query.group for query in queries))
+        tiles = 1 + max((sum(_counted(query)) for query in queries), default=0)
         width = _LABEL + max(tiles, 8) * (_TILE[0] + _GAP) + 3 * _GAP
-        height = 70 + len(queries) * self.row_height + 34 * len(sorts)
+        height = 70 + len(queries) * self.row_height + 34 * len(groups)
         self.image = Image.new("RGB", (width, height), _PAPER)
         self.pen = ImageDraw.Draw(self.image)
         self._head(figures)
         top = 64
-        for sort in sorts:
-            self.pen.text((_GAP, top + 6), f"{sort.capitalize()} queries", _INK, self.title)
+        for group in groups:
+            self.pen.text((_GAP, top + 6), f"{group.capitalize()} queries", _INK, self.title)
             top += 34
             for query in queries:
-                if query.sort == sort:
+                if query.group == group:
                     self._row(query, top)
                     top += self.row_height
 
@@ -61,27 +61,29 @@ class _Sheet:
             if is_number(figures.get(key))
         ]
         self.pen.text((_GAP, _GAP), "   ".join(shown), _INK, self.title)
-        legend = "nearest first; solid frame and tick: the same person; dashed and cross: another"
+        legend = (
+            "nearest first; solid frame and tick: the same person; dashed and cross: another person"
+        )
         self.pen.text((_GAP, 38), legend, _FAINT, self.font)
 
     def _row(self, query: RankedQuery, top: int) -> None:
         lines = [
             f"person {query.pid}, camera {query.camid}",
             f"AP {query.precision:.1%}",
-            _plain(Path(query.path).name[:28]),
+            _printable(Path(query.path).name[:28]),
         ]
         for number, line in enumerate(lines):
             self.pen.text((_GAP, top + number * _LINE), line, _INK, self.font)
         self._tile(query.path, _LABEL, top, _QUERY, "query")
         left = _LABEL + 2 * _GAP
-        for image, counts in zip(query.images, _counting(query), strict=True):
-            if counts:
+        for image, counted in zip(query.images, _counted(query), strict=True):
+            if counted:
                 left += _TILE[0] + _GAP
-                kind = _MATCH if image.verdict == "match" else _MISS
-                self._tile(image.path, left, top, kind, f"c{image.camid}  {image.distance:.2f}")
+                style = _MATCH if image.verdict == "match" else _MISS
+                self._tile(image.path, left, top, style, f"c{image.camid}  {image.distance:.2f}")
 
-    def _tile(self, path: str, left: int, top: int, kind: tuple[str, str], label: str) -> None:
-        colour, name = kind
+    def _tile(self, path: str, left: int, top: int, style: tuple[str, str], label: str) -> None:
+        colour, name = style
         self.image.paste(_picture(path), (left, top))
         right, bottom = left + _TILE[0], top + _TILE[1]
         if name == "miss":
@@ -113,7 +115,8 @@ class _Sheet:
             self.pen.line([(left + 11, top + 4), (left + 4, top + 11)], "white", 2)
 
 
-def _counting(query: RankedQuery) -> list[bool]:
+def _counted(query: RankedQuery) -> list[bool]:
+    """Which images of a query the evaluation counts."""
     return [image.position is not None for image in query.images]
 
 
@@ -124,6 +127,6 @@ def _picture(path: str) -> Image.Image:
         return Image.new("RGB", _TILE, _EMPTY)
 
 
-def _plain(name: str) -> str:
-    """A name without what breaks a line, or cannot be drawn."""
+def _printable(name: str) -> str:
+    """A name with a question mark for each character that cannot be printed in a line."""
     return "".join(letter if letter.isprintable() else "?" for letter in name)

@@ -1,4 +1,4 @@
-"""An evaluation's figures as a report shows them, whatever blocks they have."""
+"""The figures of an evaluation, arranged for a report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Figure:
     Args:
         value: The figure, a fraction.
         interval: Its 95 % confidence interval, or None.
-        gain: How much more it is than the raw one, or None for the raw one itself.
+        gain: The difference to the raw figure, or None for the raw figure itself.
     """
 
     value: float
@@ -38,7 +38,7 @@ def blocks(figures: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def figure_table(figures: Mapping[str, Any]) -> dict[str, list[Figure | None]]:
-    """Each figure that is there, by name, with a cell for each block."""
+    """The available figures by name, each with a cell for each block."""
     columns = blocks(figures).values()
     return {
         name: [_figure(figures, block, key) for block in columns]
@@ -60,15 +60,15 @@ def _figure(raw: Mapping[str, Any], block: Mapping[str, Any], key: str) -> Figur
 
 
 def skipped(figures: Mapping[str, Any]) -> list[str]:
-    """How many queries are not counted, and why, a line for each reason."""
+    """How many queries are not counted, with a line for each reason."""
     reasons = {
         "without_gallery": "have no image of their person in the gallery",
-        "same_camera_only": "have images of their person by their own camera alone",
+        "same_camera_only": "have images of their person from their own camera only",
     }
     counts = figures.get("skipped", {})
     return [f"{counts[key]:,} {text}" for key, text in reasons.items() if counts.get(key)]
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a figure is there and finite: what is undefined is None or NaN."""
+    """Whether a figure is a finite number; undefined figures are None or NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

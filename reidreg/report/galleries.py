@@ -1,4 +1,4 @@
-"""Which queries a report shows, and what came back for each."""
+"""The queries that a report shows, with their ranked gallery images."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Verdict = Literal["match", "miss", "left out"]
 
 @dataclass(frozen=True)
 class RankedImage:
-    """A gallery image where it came for a query.
+    """A gallery image in the ranked list of a query.
 
     Args:
         path: Its file.
-        pid: Whose image it is.
-        camid: The camera that took it.
-        distance: How far it is from the query.
-        verdict: match, miss, or left out: the evaluation does not count it.
-        position: Its place among those that count, from 1; None where it is left out.
+        pid: Its identity.
+        camid: Its camera.
+        distance: Its distance to the query.
+        verdict: match, miss, or left out (not counted by the evaluation).
+        position: Its rank among the counted images, from 1; None if it is left out.
     """
 
     path: str
@@ -40,18 +40,18 @@ class RankedImage:
 
 @dataclass(frozen=True)
 class RankedQuery:
-    """A query with the first of its gallery.
+    """A query with the first images of its ranked list.
 
     Args:
-        sort: Why it is shown: best, worst or random.
+        group: Why it is shown: best, worst or random.
         path: Its file.
-        pid: Whom to find.
-        camid: The camera that took it.
+        pid: Its identity.
+        camid: Its camera.
         precision: Its average precision.
-        images: The gallery, nearest first.
+        images: Gallery images, nearest first.
     """
 
-    sort: str
+    group: str
     path: str
     pid: int
     camid: int
@@ -63,13 +63,12 @@ def ranked_queries(evaluation: Evaluation, *, rows: int, k: int) -> list[RankedQ
     """The best, the worst and some random queries, each with its ranked gallery.
 
     Args:
-        evaluation: What to show.
-        rows: Queries of each sort.
-        k: Gallery images that count, for each query. As many again that are left out may stand
-            between them.
+        evaluation: The evaluation.
+        rows: Queries of each group.
+        k: Counted gallery images of each query. Up to k that are left out may come between them.
 
     Raises:
-        DataError: The features do not say which images they are of.
+        DataError: There is not one path for each feature.
     """
     query, gallery = evaluation.query, evaluation.gallery
     for side, name in ((query, "query"), (gallery, "gallery")):
@@ -80,7 +79,7 @@ def ranked_queries(evaluation: Evaluation, *, rows: int, k: int) -> list[RankedQ
             )
     precision = evaluation.evaluator.precisions(query, gallery)
     picked = pick_queries(precision, rows)
-    chosen = [(sort, row) for sort, some in picked for row in some]
+    chosen = [(group, row) for group, some in picked for row in some]
     if not chosen:
         return []
     sides = _take(query, [row for _, row in chosen]), gallery
@@ -88,23 +87,23 @@ def ranked_queries(evaluation: Evaluation, *, rows: int, k: int) -> list[RankedQ
     everything = _lists(*evaluation.evaluator.rank_everything(*sides, 2 * k))
     return [
         RankedQuery(
-            sort,
+            group,
             query.paths[row],
             int(query.pids[row]),
             int(query.camids[row]),
             precision[row].item(),
             tuple(_ranked(gallery, int(query.pids[row]), first, all_first, k)),
         )
-        for (sort, row), first, all_first in zip(chosen, counted, everything, strict=True)
+        for (group, row), first, all_first in zip(chosen, counted, everything, strict=True)
     ]
 
 
 def pick_queries(precision: Tensor, rows: int) -> list[tuple[str, list[int]]]:
-    """Queries to show, none twice: the best, the worst, and some of the others.
+    """The rows of the queries to show: the best, the worst, and random ones of the rest.
 
     Args:
         precision: (Q,) average precision, NaN where a query has no match.
-        rows: How many of each sort.
+        rows: Queries of each group.
     """
     valid = torch.nonzero(~precision.isnan()).flatten()
     order = valid[torch.sort(precision[valid], descending=True, stable=True).indices].tolist()
@@ -113,12 +112,12 @@ def pick_queries(precision: Tensor, rows: int) -> list[tuple[str, list[int]]]:
     rest = [query for query in order if query not in best and query not in worst]
     some = np.random.default_rng(0).permutation(len(rest))[:rows]
     picked = [rest[position] for position in sorted(some.tolist())]
-    sections = [("best", best), ("worst", worst), ("random", picked)]
-    return [(sort, queries) for sort, queries in sections if queries]
+    groups = [("best", best), ("worst", worst), ("random", picked)]
+    return [(group, queries) for group, queries in groups if queries]
 
 
 def _lists(indices: Tensor, distances: Tensor) -> list[dict[int, float]]:
-    """For each query its items, nearest first, with their distances."""
+    """The distances of each query by gallery row, nearest first."""
     return [
         {item: distance for item, distance in zip(*lists, strict=True) if item >= 0}
         for lists in zip(indices.tolist(), distances.tolist(), strict=True)
@@ -132,9 +131,9 @@ def _ranked(
     everything: dict[int, float],
     k: int,
 ) -> Iterator[RankedImage]:
-    """The first k items that count, and among them those that are left out."""
+    """The first k counted images, with those that are left out between them."""
     position = 0
-    # Where more than k are left out, the rest of those that count comes after `everything`.
+    # Where more than k are left out, the remaining counted images follow after `everything`.
     for item, distance in {**everything, **counted}.items():
         if position == min(k, len(counted)):
             return

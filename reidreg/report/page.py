@@ -1,4 +1,4 @@
-"""The report as one HTML page: everything inside it, nothing from elsewhere, every name escaped."""
+"""The report as one self-contained HTML page in which every value is escaped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from markupsafe import Markup
 from reidreg._version import __version__
 from reidreg.evaluation.evaluate import Evaluation
 from reidreg.report.cameras import camera_matrix
-from reidreg.report.charts import HEIGHT, TALL, cmc_chart, score_chart
+from reidreg.report.charts import HEIGHT, TALL_HEIGHT, cmc_chart, score_chart
 from reidreg.report.figures import blocks, figure_table, is_number, skipped
 from reidreg.report.galleries import RankedQuery
 from reidreg.report.thumbnails import Thumbnails
@@ -34,14 +34,14 @@ def render_page(
     date: datetime,
     no_galleries: str,
 ) -> str:
-    """The page of an evaluation.
+    """The page of an evaluation, as HTML.
 
     Args:
-        evaluation: What to show.
+        evaluation: The evaluation.
         queries: The ranked galleries.
-        thumbnails: Takes in the images that the page shows, and counts those that it cannot.
+        thumbnails: Receives the images of the page, and lists those that cannot be read.
         date: When the evaluation was made.
-        no_galleries: Why there are no ranked galleries, where there are none.
+        no_galleries: The text that is shown if there are no ranked galleries.
     """
     figures = evaluation.figures
     for query in queries:
@@ -65,15 +65,15 @@ def render_page(
             blocks=list(blocks(figures)),
             intervals="intervals" in figures,
             facts=_facts(evaluation),
-            # As high as the scores with their table beside it.
-            cmc=cmc_chart(figures, TALL if rates else HEIGHT),
+            # As high as the neighbouring section, the scores with their table.
+            cmc=cmc_chart(figures, TALL_HEIGHT if rates else HEIGHT),
             verification=verification,
             scores=score_chart(verification),
             rates=rates,
             cameras=camera_matrix(figures.get("cameras") or []),
             queries=queries,
             no_galleries=no_galleries,
-            sorts=list(dict.fromkeys(query.sort for query in queries)),
+            groups=list(dict.fromkeys(query.group for query in queries)),
             query_cameras=sorted({query.camid for query in queries}),
             query_pids=sorted({query.pid for query in queries}),
             thumbnails=thumbnails,
@@ -99,7 +99,7 @@ def _asset(name: str) -> Markup:
 
 
 def _policy(style: str, script: str) -> str:
-    """A content security policy under which this style and this script run, and nothing else."""
+    """A content security policy that allows only this style and this script."""
     hashes = [
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
         for text in (style, script)
@@ -125,7 +125,7 @@ def _lead(figures: Mapping[str, Any]) -> str:
 
 
 def _facts(evaluation: Evaluation) -> dict[str, list[str]]:
-    """What was evaluated: label to lines."""
+    """The lines that describe the evaluation, by label."""
     figures = evaluation.figures
     facts = {label: [text] for label, text in evaluation.about.items()}
     facts["Queries"] = [_side(evaluation.query), *skipped(figures)]
@@ -133,7 +133,7 @@ def _facts(evaluation: Evaluation) -> dict[str, list[str]]:
     options = {key: value for key, value in evaluation.options.items() if key != "name"}
     if evaluation.options:
         name = str(evaluation.options.get("name", ""))
-        facts["Evaluator"] = [name, ", ".join(f"{key} {_word(v)}" for key, v in options.items())]
+        facts["Evaluator"] = [name, ", ".join(f"{key} {_shown(v)}" for key, v in options.items())]
     return facts
 
 
@@ -141,10 +141,10 @@ def _side(side: Embeddings) -> str:
     pids = side.pids[side.pids != JUNK].tolist()
     junk, cameras = len(side.pids) - len(pids), set(side.camids.tolist())
     text = f"{len(side.pids):,} images, {len(set(pids)):,} people, {len(cameras):,} cameras"
-    return text + (f"; {junk:,} images are junk" if junk else "")
+    return text + (f"; {junk:,} of the images are junk" if junk else "")
 
 
-def _word(value: Any) -> str:
+def _shown(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
@@ -155,7 +155,7 @@ class _Rates:
 
 
 def _rates(verification: Mapping[str, Any]) -> _Rates | None:
-    """True-accept and identification rates beside each other, a row for each false-accept rate."""
+    """True-accept rate and identification rate, with a row for each false-accept rate."""
     kinds = (("TAR", "tar_at_far", "tar"), ("DIR", "dir_at_far", "dir"))
     columns = {
         name: {entry["far"]: (entry.get(key), entry.get("threshold")) for entry in entries}
@@ -170,7 +170,7 @@ def _rates(verification: Mapping[str, Any]) -> _Rates | None:
                 text
                 for column in columns.values()
                 for rate, threshold in [column.get(far, (None, None))]
-                for text in (_number(rate, ".1%"), _number(threshold, ".3f"))
+                for text in (_formatted(rate, ".1%"), _formatted(threshold, ".3f"))
             ],
         )
         for far in fars
@@ -179,5 +179,5 @@ def _rates(verification: Mapping[str, Any]) -> _Rates | None:
     return _Rates(names, rows) if rows else None
 
 
-def _number(value: Any, form: str) -> str:
+def _formatted(value: Any, form: str) -> str:
     return format(value, form) if is_number(value) else "–"

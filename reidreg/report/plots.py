@@ -1,4 +1,4 @@
-"""The report's curves as pictures, for papers and slides."""
+"""The curves of a report as PNG pictures, for papers and slides."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _GENUINE, _IMPOSTOR = "#1a7f37", "#b3261e"
 
 
 def draw_cmc(figures: Mapping[str, Any]) -> bytes | None:
-    """The CMC curves of the raw figures and of each post-processed block, as a PNG.
+    """The CMC curves of the raw and the post-processed figures, as a PNG.
 
     Returns:
-        None where there is no curve.
+        The bytes, or None if there is no curve.
     """
     curves = {title: block for title, block in blocks(figures).items() if block.get("cmc")}
     if not curves:
@@ -33,7 +33,7 @@ def draw_cmc(figures: Mapping[str, Any]) -> bytes | None:
         percent = [100 * share for share in block["cmc"]]
         axes.plot(range(1, len(percent) + 1), percent, line, color=colour, lw=2, label=title)
         for rank, low, high in rank_intervals(block):
-            # Beside each other, where curves meet.
+            # Shifted, so that intervals of curves that meet do not overlap.
             place = [rank + 0.25 * number] * 2
             axes.plot(place, [100 * low, 100 * high], color=colour, lw=1, marker="_")
     longest = max(len(block["cmc"]) for block in curves.values())
@@ -45,10 +45,10 @@ def draw_cmc(figures: Mapping[str, Any]) -> bytes | None:
 
 
 def draw_scores(figures: Mapping[str, Any]) -> bytes | None:
-    """How the scores of genuine and of impostor pairs lie, with the threshold, as a PNG.
+    """The score histograms of genuine and impostor pairs, with the threshold, as a PNG.
 
     Returns:
-        None where there is no histogram.
+        The bytes, or None if there are no histograms.
     """
     verification = figures.get("verification", {})
     histogram = verification.get("histogram")
@@ -77,7 +77,7 @@ def draw_scores(figures: Mapping[str, Any]) -> bytes | None:
 
 
 def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
-    # Not pyplot: it keeps figures for a window that nobody opens.
+    # Not pyplot, which keeps every figure until it is closed.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
@@ -92,6 +92,6 @@ def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    # Without the version of matplotlib, so that the same figures give the same bytes.
+    # Without the version of matplotlib, so that the same data give the same bytes.
     figure.savefig(buffer, dpi=150, metadata={"Software": None})
     return buffer.getvalue()

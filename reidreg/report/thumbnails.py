@@ -1,4 +1,4 @@
-"""Small copies of images, as data that a page can hold."""
+"""Small copies of images, as data URIs for the page."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from PIL import Image
 from reidreg.data.images import read_image
 from reidreg.errors import DataError
 
-# Twice what the page shows, for screens of two pixels to a point.
+# Larger than on the page, for high-density screens.
 _LARGEST = (96, 192)
 
 
 class Thumbnails:
-    """The images of a page: each once, however often it is shown.
+    """The images of a page, each stored once however often it is shown.
 
-    What the files hold besides pixels (where and when, by which camera) is not copied.
+    Metadata of the files (place, time, camera) is not copied.
     """
 
     def __init__(self) -> None:
@@ -28,13 +28,13 @@ class Thumbnails:
         self._shapes: list[float] = []
 
     def name(self, path: str) -> str | None:
-        """The name of an image within the page, or None if its file cannot be read."""
+        """The id of an image within the page, or None if its file cannot be read."""
         if path not in self._names:
             self._names[path] = self._add(path)
         return self._names[path]
 
     def tile_height(self, width: int) -> int:
-        """How high a tile of this width is that suits the images: they may be of cars, too."""
+        """The tile height for a width, by the median shape of the images, which may be of cars."""
         shape = statistics.median(self._shapes) if self._shapes else 2.0
         return round(width * min(max(shape, 0.5), 2.5))
 
@@ -51,7 +51,7 @@ class Thumbnails:
 
 
 def data_uri(image: Image.Image) -> str:
-    """An image as a WebP of at most 96 x 192 pixels, in a data URI."""
+    """An image as a data URI: a WebP of at most 96 x 192 pixels."""
     small = image.copy()
     small.thumbnail(_LARGEST, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""An evaluation to look at: one HTML page, and pictures for papers and slides."""
+"""Writes the files of a report: the HTML page, and pictures for papers and slides."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from reidreg.errors import DataError
 from reidreg.evaluation.evaluate import Evaluation
 from reidreg.files import PRIVATE, replacing
 from reidreg.logs.console import logger
-from reidreg.report.contact_sheet import draw_sheet
+from reidreg.report.contact_sheet import draw_contact_sheet
 from reidreg.report.galleries import RankedQuery, ranked_queries
 from reidreg.report.page import render_page
 from reidreg.report.plots import draw_cmc, draw_scores
 from reidreg.report.thumbnails import Thumbnails
 
-_SHEET_ROWS = 4
+_SHEET_ROWS = 4  # queries of each group in ranked.png
 
 
 def write_report(
@@ -31,23 +31,23 @@ def write_report(
     """Write the report of an evaluation.
 
     `index.html` is one page that needs no network and no other file: figures, CMC curve, camera
-    pairs, scores and ranked galleries, as far as the figures have them. Beside it stand
-    `cmc.png`, `scores.png` and `ranked.png`. The page and `ranked.png` show images of people, and
-    only their owner may read them. The same evaluation gives the same bytes, but for the date.
+    pairs, scores and ranked galleries, where the evaluation has them. `cmc.png`, `scores.png` and
+    `ranked.png` are written next to it. The page and `ranked.png` show images of people and are
+    readable by their owner only. The same evaluation gives the same bytes, except for the date.
 
     Args:
-        evaluation: What to show. Features without paths give a page without galleries; an image
-            whose file is gone leaves an empty tile, and the log counts them.
-        folder: Where the files go.
-        rows: How many of the best, of the worst and of some random queries to show.
-        k: Gallery images of each query; those that the evaluation leaves out come on top.
+        evaluation: The evaluation. Without image paths the page has no ranked galleries; an image
+            that cannot be read is an empty tile, and the log counts them.
+        folder: Where the files are written.
+        rows: Queries in each group: best, worst and random.
+        k: Gallery images of each query, besides those that the evaluation leaves out.
         date: When the evaluation was made; None is now.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        DataError: The folder cannot be written to, or the paths do not go with the features.
+        DataError: The folder cannot be written to, or there is not one path for each feature.
     """
     folder, date = Path(folder), date or datetime.now(timezone.utc)
     thumbnails, queries = Thumbnails(), []
@@ -55,7 +55,7 @@ def write_report(
         queries = ranked_queries(evaluation, rows=rows, k=k)
         reason = "No query has a match."
     else:
-        reason = "These features come without the paths of their images."
+        reason = "The features come without image paths."
     page = render_page(evaluation, queries, thumbnails, date, no_galleries=reason)
     try:
         _write(folder, page, evaluation.figures, queries)
@@ -64,7 +64,7 @@ def write_report(
         raise DataError(f"cannot write {folder} ({reason}); give another --output") from error
     if thumbnails.missing:
         logger.warning(
-            "report: %d of its images cannot be read, the first is %r",
+            "report: %d images cannot be read, the first is %r",
             len(thumbnails.missing),
             thumbnails.missing[0],
         )
@@ -75,11 +75,11 @@ def _write(
     folder: Path, page: str, figures: Mapping[str, Any], queries: Sequence[RankedQuery]
 ) -> None:
     with replacing(folder / "index.html", PRIVATE) as file:
-        # A file name may hold bytes that are no UTF-8.
+        # A file name may contain bytes that are not UTF-8.
         file.write(page.encode("utf-8", errors="replace"))
     if queries:
         with replacing(folder / "ranked.png", PRIVATE) as file:
-            draw_sheet(_first(queries), figures).save(file, "PNG")
+            draw_contact_sheet(_first(queries), figures).save(file, "PNG")
     for name, picture in (("cmc", draw_cmc(figures)), ("scores", draw_scores(figures))):
         if picture is not None:
             with replacing(folder / f"{name}.png") as file:
@@ -87,9 +87,9 @@ def _write(
 
 
 def _first(queries: Sequence[RankedQuery]) -> list[RankedQuery]:
-    """The first of each sort, for a picture of one screen."""
+    """The first queries of each group, so that the picture fits on one screen."""
     return [
         query
-        for sort in ("best", "worst", "random")
-        for query in [query for query in queries if query.sort == sort][:_SHEET_ROWS]
+        for group in ("best", "worst", "random")
+        for query in [query for query in queries if query.group == group][:_SHEET_ROWS]
     ]

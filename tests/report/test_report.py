@@ -1,4 +1,4 @@
-"""The report: what it shows, and that its page stands alone, is safe, and can be read by anyone."""
+"""The report: its contents, and that its page is self-contained and safe."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from reidreg.config.parsing import options_given
 from reidreg.errors import DataError
 from reidreg.evaluation.evaluate import Evaluation
 from reidreg.parts.schema import options_of
-from reidreg.report import write_report
 from reidreg.report.cameras import camera_matrix
 from reidreg.report.charts import Axis, cmc_chart, score_chart
 from reidreg.report.figures import blocks, figure_table, skipped
 from reidreg.report.galleries import pick_queries, ranked_queries
 from reidreg.report.options import with_report_figures
 from reidreg.report.thumbnails import Thumbnails
+from reidreg.report.write import write_report
 
 DATE = datetime(2026, 3, 1, 12, 30, tzinfo=timezone.utc)
-PERSONAL = ("index.html", "ranked.png")
+PRIVATE = ("index.html", "ranked.png")  # they show images of people
 
 
 def draw_side(folder: Path, count: int, seed: int) -> Embeddings:
@@ -55,7 +55,7 @@ def draw_side(folder: Path, count: int, seed: int) -> Embeddings:
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    """An evaluation with every block of figures that there is."""
+    """An evaluation with every block of figures."""
     load_plugins()
     folder = tmp_path_factory.mktemp("images")
     query, gallery = draw_side(folder / "query", 40, 1), draw_side(folder / "gallery", 150, 2)
@@ -100,16 +100,16 @@ def verification_figures() -> dict[str, Any]:
 # --------------------------------------------------------------------- what is shown
 
 
-def test_queries_are_picked_from_both_ends_and_none_twice() -> None:
+def test_queries_are_the_best_the_worst_and_some_of_the_rest() -> None:
     precision = torch.tensor([0.5, float("nan"), 0.9, 0.1, 0.7, 0.3])
-    sections = dict(pick_queries(precision, 2))
-    assert sections["best"] == [2, 4] and sections["worst"] == [3, 5]
-    assert sections["random"] == [0]
+    groups = dict(pick_queries(precision, 2))
+    assert groups["best"] == [2, 4] and groups["worst"] == [3, 5]
+    assert groups["random"] == [0]
     assert dict(pick_queries(precision[:1], 4)) == {"best": [0]}
     assert pick_queries(precision[1:2], 4) == []
 
 
-def test_precisions_are_those_of_an_evaluator_without_a_faster_way(
+def test_precisions_of_retrieval_equal_the_default_implementation(
     evaluation: Evaluation,
 ) -> None:
     sides = evaluation.query, evaluation.gallery
@@ -122,7 +122,7 @@ def test_precisions_are_those_of_an_evaluator_without_a_faster_way(
 
 
 @pytest.mark.parametrize("k", [1, 4, 10, 60])
-def test_galleries_are_whole_rows_with_what_is_left_out_in_its_place(
+def test_ranked_galleries_show_left_out_images_in_their_place(
     evaluation: Evaluation, k: int
 ) -> None:
     query, gallery = evaluation.query, evaluation.gallery
@@ -131,7 +131,7 @@ def test_galleries_are_whole_rows_with_what_is_left_out_in_its_place(
         @ torch.nn.functional.normalize(gallery.features.double()).T
     )
     shown = ranked_queries(evaluation, rows=5, k=k)
-    assert [row.sort for row in shown] == ["best"] * 5 + ["worst"] * 5 + ["random"] * 5
+    assert [row.group for row in shown] == ["best"] * 5 + ["worst"] * 5 + ["random"] * 5
     assert len({row.path for row in shown}) == 15
     for row in shown:
         number = query.paths.index(row.path)
@@ -147,7 +147,7 @@ def test_galleries_are_whole_rows_with_what_is_left_out_in_its_place(
         counted = [entry for entry in expected if entry[2]]
         got = [(image.path, image.verdict, image.position) for image in row.images]
         assert [entry for entry in got if entry[2]] == counted
-        # As many places again as are counted may go to what is left out.
+        # A row has 2 k places, for counted and left-out images together.
         within = [entry for entry in expected[: 2 * k] if expected.index(entry) <= last(expected)]
         assert got[: len(within)] == within
         for image in row.images:
@@ -156,7 +156,7 @@ def test_galleries_are_whole_rows_with_what_is_left_out_in_its_place(
 
 
 def last(entries: list[tuple[str, str, int | None]]) -> int:
-    """Where the last entry stands that counts."""
+    """The index of the last counted entry."""
     return max(place for place, entry in enumerate(entries) if entry[2])
 
 
@@ -166,7 +166,7 @@ def test_galleries_need_a_path_for_each_feature(evaluation: Evaluation) -> None:
         ranked_queries(dataclasses.replace(evaluation, query=short), rows=1, k=1)
 
 
-def test_blocks_stand_beside_the_raw_figures_with_what_they_gain() -> None:
+def test_post_processed_figures_are_shown_with_their_gain_over_the_raw_ones() -> None:
     figures = {
         "mAP": 0.5,
         "rank1": 0.6,
@@ -187,7 +187,7 @@ def test_blocks_stand_beside_the_raw_figures_with_what_they_gain() -> None:
     assert skipped(figures) == ["1,200 have no image of their person in the gallery"]
 
 
-def test_the_camera_matrix_orders_numbers_by_size_and_leaves_gaps() -> None:
+def test_the_camera_matrix_sorts_numbers_by_size_and_has_empty_cells() -> None:
     pairs = [
         {"query_camera": 10, "gallery_camera": 2, "num_queries": 3, "mAP": 1.0, "rank1": 1.0},
         {"query_camera": 2, "gallery_camera": 10, "num_queries": 3, "mAP": 0.26, "rank1": None},
@@ -207,8 +207,8 @@ def test_the_camera_matrix_orders_numbers_by_size_and_leaves_gaps() -> None:
     st.floats(1e-6, 1e6),
     st.integers(2, 8),
 )
-@example(1.0, 40041.0, 2)  # neither 0 nor 50,000 lies inside
-def test_ticks_are_round_even_and_inside(low: float, length: float, count: int) -> None:
+@example(1.0, 40041.0, 2)  # neither 0 nor 50,000 is on the axis
+def test_ticks_are_evenly_spaced_and_on_the_axis(low: float, length: float, count: int) -> None:
     axis = Axis(low, low + length, 0, 100)
     ticks = axis.ticks(count)
     assert 1 <= len(ticks) <= count + 1
@@ -218,13 +218,13 @@ def test_ticks_are_round_even_and_inside(low: float, length: float, count: int) 
     assert all(-0.2 <= place <= 100.2 for _, place in ticks)
 
 
-def test_curves_keep_what_they_are_drawn_from(evaluation: Evaluation) -> None:
+def test_curves_have_the_points_of_the_figures(evaluation: Evaluation) -> None:
     chart = cmc_chart(evaluation.figures)
     assert chart is not None and [curve.name for curve in chart.curves] == ["Raw", "Re-ranked"]
     raw = chart.curves[0]
     cmc = evaluation.figures["cmc"]
     assert len(raw.points) == len(cmc) and raw.points[0][2] == f"Raw, rank 1: {cmc[0]:.1%}"
-    # Up is better, and nothing leaves the frame.
+    # Better is higher, and every point is within the chart.
     heights = [y for _, y, _ in raw.points]
     assert heights == sorted(heights, reverse=True)
     assert all(chart.y.stop <= y <= chart.y.start for y in heights)
@@ -233,12 +233,12 @@ def test_curves_keep_what_they_are_drawn_from(evaluation: Evaluation) -> None:
     assert cmc_chart({"cmc": [1.0]}) is not None
 
 
-def test_the_score_chart_marks_the_threshold_only_where_it_is_in_sight() -> None:
+def test_the_score_chart_marks_the_threshold_only_if_it_is_on_the_axis() -> None:
     figures = verification_figures()
     chart = score_chart(figures)
     assert chart is not None and chart.mark == (chart.x.at(0.5), "threshold 0.500")
     assert chart.x_label == "Cosine similarity"
-    assert "genuine pairs lie around 0.46" in chart.summary
+    assert "mean 0.46 of genuine pairs" in chart.summary
     beyond = score_chart({**figures, "threshold": 2.0})
     assert beyond is not None and beyond.mark is None
     empty = {"edges": [0.0, 1.0], "genuine": [0], "impostor": [0]}
@@ -249,7 +249,7 @@ def test_the_score_chart_marks_the_threshold_only_where_it_is_in_sight() -> None
 # --------------------------------------------------------------------- images
 
 
-def test_an_image_is_taken_in_once_small_and_without_what_it_says_about_itself(
+def test_a_thumbnail_is_stored_once_small_and_without_metadata(
     tmp_path: Path,
 ) -> None:
     exif = Image.Exif()
@@ -266,7 +266,7 @@ def test_an_image_is_taken_in_once_small_and_without_what_it_says_about_itself(
     assert thumbnails.tile_height(64) == 160  # not beyond 2.5 times
 
 
-def test_images_that_are_gone_or_damaged_are_counted_once(tmp_path: Path) -> None:
+def test_missing_and_damaged_images_are_listed_once(tmp_path: Path) -> None:
     (tmp_path / "b.jpg").write_text("<html>")
     thumbnails = Thumbnails()
     for name in ("a.jpg", "b.jpg", "a.jpg", "\0"):
@@ -289,13 +289,13 @@ def test_the_same_evaluation_gives_the_same_bytes(
 ) -> None:
     write_report(evaluation, tmp_path, date=DATE)
     names = {path.name for path in tmp_path.iterdir()}
-    assert all((tmp_path / name).stat().st_mode & 0o077 == 0 for name in PERSONAL)
+    assert all((tmp_path / name).stat().st_mode & 0o077 == 0 for name in PRIVATE)
     assert names == {"index.html", "cmc.png", "scores.png", "ranked.png"}
     for name in names:
         assert (tmp_path / name).read_bytes() == (report.parent / name).read_bytes(), name
 
 
-def test_pictures_are_there_for_the_figures_that_are_there(
+def test_a_picture_is_written_for_each_available_figure(
     evaluation: Evaluation, report: Path, tmp_path: Path
 ) -> None:
     for name in ("cmc", "scores", "ranked"):
@@ -310,7 +310,7 @@ def test_pictures_are_there_for_the_figures_that_are_there(
     assert 'id="cmc"' not in page.read_text() and 'id="scores"' not in page.read_text()
 
 
-def test_the_page_stands_alone(evaluation: Evaluation, report: Path) -> None:
+def test_the_page_is_self_contained(evaluation: Evaluation, report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     assert len(text) < 3_000_000
     markup = re.sub(r"base64,[^\"]*", "", text)
@@ -322,7 +322,7 @@ def test_the_page_stands_alone(evaluation: Evaluation, report: Path) -> None:
     assert text.count("data:image/webp") == len(paths)
 
 
-def test_the_policy_lets_nothing_run_but_the_page_s_own_style_and_script(report: Path) -> None:
+def test_the_policy_allows_only_the_style_and_script_of_the_page(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     policy = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
     assert (
@@ -334,16 +334,16 @@ def test_the_policy_lets_nothing_run_but_the_page_s_own_style_and_script(report:
         assert f"{tag}-src &#39;sha256-{digest}&#39;" in policy[0]
 
 
-def test_a_page_of_features_without_paths_has_everything_but_galleries(
+def test_without_image_paths_the_page_has_everything_but_galleries(
     evaluation: Evaluation, tmp_path: Path
 ) -> None:
     bare = dataclasses.replace(evaluation, query=dataclasses.replace(evaluation.query, paths=()))
     text = write_report(bare, tmp_path, date=DATE).read_text()
-    assert "come without the paths" in text and 'id="cmc"' in text and "data:image" not in text
+    assert "come without image paths" in text and 'id="cmc"' in text and "data:image" not in text
     assert not (tmp_path / "ranked.png").exists()
 
 
-def test_images_that_are_gone_leave_empty_tiles_and_a_line_in_the_log(
+def test_missing_images_give_empty_tiles_and_a_warning(
     evaluation: Evaluation, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = tuple(f"{tmp_path}/gone-{number}\udcff.jpg" for number in range(150))
@@ -352,19 +352,15 @@ def test_images_that_are_gone_leave_empty_tiles_and_a_line_in_the_log(
     )
     text = write_report(gone, tmp_path, date=DATE, rows=1, k=3).read_text()
     assert text.count("data:image/webp") == 3 and text.count('href="#gone"') >= 9
-    assert re.search(r"report: \d+ of its images cannot be read, the first is .*gone-", caplog.text)
+    assert re.search(r"report: \d+ images cannot be read, the first is .*gone-", caplog.text)
 
 
-def test_an_evaluator_that_gives_other_figures_has_a_page(
-    evaluation: Evaluation, tmp_path: Path
-) -> None:
+def test_an_evaluator_with_other_figures_has_a_page(evaluation: Evaluation, tmp_path: Path) -> None:
     other = dataclasses.replace(evaluation, figures={"accuracy": 0.5}, options={}, about={})
     assert "none of the usual figures" in write_report(other, tmp_path, rows=1).read_text()
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_line(
-    evaluation: Evaluation, tmp_path: Path
-) -> None:
+def test_an_unwritable_folder_is_a_one_line_error(evaluation: Evaluation, tmp_path: Path) -> None:
     (tmp_path / "report").write_text("")
     with pytest.raises(DataError, match="cannot write .*below .*another --output"):
         write_report(evaluation, tmp_path / "report" / "below", rows=1)
@@ -373,21 +369,21 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(
 # --------------------------------------------------------------------- the command line
 
 
-def test_a_report_asks_for_figures_unless_the_user_said_otherwise() -> None:
+def test_a_report_turns_on_figures_that_the_user_did_not_set() -> None:
     load_plugins()
     defaults = {name: o.default for name, o in options_of(EVALUATORS["retrieval"]).items()}
-    asked = with_report_figures("retrieval", defaults)
-    assert (asked["bootstrap"], asked["cameras"], asked["verification"]) == (1000, True, True)
-    assert {**asked, "bootstrap": 0, "cameras": False, "verification": False} == defaults
-    # What was said stays, also where it says the default; and so does what is no default.
-    said = with_report_figures("retrieval", {**defaults, "bootstrap": 50}, {"verification"})
-    assert (said["bootstrap"], said["cameras"], said["verification"]) == (50, True, False)
-    # What does not go together is not asked for.
-    drawn = with_report_figures("retrieval", {**defaults, "protocol": "cuhk03"})
-    assert (drawn["bootstrap"], drawn["cameras"], drawn["verification"]) == (1000, False, True)
+    more = with_report_figures("retrieval", defaults)
+    assert (more["bootstrap"], more["cameras"], more["verification"]) == (1000, True, True)
+    assert {**more, "bootstrap": 0, "cameras": False, "verification": False} == defaults
+    # Options that were given stay, even at their default; so do values other than the default.
+    given = with_report_figures("retrieval", {**defaults, "bootstrap": 50}, {"verification"})
+    assert (given["bootstrap"], given["cameras"], given["verification"]) == (50, True, False)
+    # Incompatible options are not turned on.
+    cuhk03 = with_report_figures("retrieval", {**defaults, "protocol": "cuhk03"})
+    assert (cuhk03["bootstrap"], cuhk03["cameras"], cuhk03["verification"]) == (1000, False, True)
 
 
-def test_options_are_given_by_files_and_flags(tmp_path: Path) -> None:
+def test_given_options_are_those_of_files_and_flags(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("evaluator: {name: retrieval, bootstrap: 0}\n")
     layers = [tmp_path / "a.yaml", {"evaluator.metric": "cosine", "train.seed": 1}]
     flags = ["--evaluator.far=0.1", "--evaluator.cameras", "false", "--train.epochs", "2"]
@@ -396,7 +392,7 @@ def test_options_are_given_by_files_and_flags(tmp_path: Path) -> None:
     assert options_given("evaluator", [], ["--report"]) == set()
 
 
-def test_the_command_line_reports_on_features_of_any_system(
+def test_evaluate_writes_a_report_of_feature_files(
     evaluation: Evaluation,
     tmp_path: Path,
     reidreg_here: Command,

@@ -1,4 +1,4 @@
-"""The report's page in a real browser: nothing runs or loads that should not, anyone can use it."""
+"""The report page in a real browser: safety, accessibility, and its filters."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from PIL import Image
 
 from reidreg import EVALUATORS, Embeddings, load_plugins
 from reidreg.evaluation.evaluate import Evaluation
-from reidreg.report import write_report
+from reidreg.report.write import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
 DATE = datetime(2026, 3, 1, 12, 30, tzinfo=timezone.utc)
-# Each would run, load or break something if it were put in unescaped.
+# Each would run, load or break something if it were inserted unescaped.
 HOSTILE = [
     "<script>window.hit = 1</script>",
     "</script><script>window.hit = 2</script>",
@@ -47,7 +47,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    """An evaluation with every block, in which whatever can be named has a hostile name."""
+    """An evaluation with every block of figures, and a hostile string for every name."""
     load_plugins()
     folder = tmp_path_factory.mktemp("images")
     generator = torch.Generator().manual_seed(1)
@@ -59,7 +59,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
         features = people[pids] + torch.randn(count, 8, generator=generator)
         paths = []
         for number in range(count):
-            # What cannot be a file's name stays a path, of an image that is gone.
+            # Every fifth path is the raw string, of an image that does not exist.
             words = HOSTILE[number % len(HOSTILE)]
             path = folder / f"{name}{number}{words.replace('/', '')[:100]}.jpg"
             Image.new("RGB", (32, 64), (40 * int(pids[number]), 90, 160)).save(path)
@@ -87,17 +87,17 @@ def page_file(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) 
 
 
 class Visit:
-    """A page that was opened, with what the browser said and asked for meanwhile."""
+    """An opened page, with the messages and requests of the browser."""
 
     def __init__(self, browser: Any, file: Path, **options: Any) -> None:
         self.context = browser.new_context(**{"reduced_motion": "reduce", **options})
         self.page = self.context.new_page()
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.messages: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.messages.append(dialog.message))
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(file.as_uri())
 
     def __enter__(self) -> Any:
@@ -111,10 +111,12 @@ def test_hostile_names_are_text_and_nothing_is_loaded(browser: Any, page_file: P
     visit = Visit(browser, page_file)
     with visit as page:
         page.wait_for_load_state("networkidle")
-        assert visit.said == []
-        assert [url for url in visit.asked if not url.startswith("data:")] == [page_file.as_uri()]
+        assert visit.messages == []
+        assert [url for url in visit.requests if not url.startswith("data:")] == [
+            page_file.as_uri()
+        ]
         assert page.evaluate("window.hit") is None
-        # One script, one style and no node that a name could have brought in.
+        # One script, one style, and no element from a hostile name.
         live = "script, style, img, iframe, object, embed, base, link, [onload], [onerror]"
         tags = page.eval_on_selector_all(live, "nodes => nodes.map(n => n.localName).sort()")
         assert tags == ["link", "script", "style"]
@@ -123,7 +125,7 @@ def test_hostile_names_are_text_and_nothing_is_loaded(browser: Any, page_file: P
         text = page.inner_text("body")
         assert all(words in text for words in HOSTILE)
         assert HOSTILE[4] in page.title()
-        # What is injected later is stopped by the policy.
+        # The policy also blocks a script that is injected later.
         page.evaluate("""() => {
             const script = document.createElement("script");
             script.textContent = "window.hit = 9";
@@ -132,17 +134,17 @@ def test_hostile_names_are_text_and_nothing_is_loaded(browser: Any, page_file: P
         assert page.evaluate("window.hit") is None
 
 
-def test_filters_and_order_choose_rows(browser: Any, page_file: Path) -> None:
+def test_filters_and_order_select_and_sort_rows(browser: Any, page_file: Path) -> None:
     with Visit(browser, page_file) as page:
         assert page.eval_on_selector_all(".row", "rows => rows.length") == 12
         by_ap = sorted(shown(page, "precision"), key=float)
-        assert shown(page, "sort") == ["best"] * 4 + ["worst"] * 4 + ["random"] * 4
+        assert shown(page, "group") == ["best"] * 4 + ["worst"] * 4 + ["random"] * 4
         page.select_option("[name=order]", "down")
         assert shown(page, "precision") == by_ap[::-1]
         page.select_option("[name=order]", "up")
         assert shown(page, "precision") == by_ap
-        page.select_option("[name=sort]", "worst")
-        assert shown(page, "sort") == ["worst"] * 4 and shown(page, "precision") == by_ap[:4]
+        page.select_option("[name=group]", "worst")
+        assert shown(page, "group") == ["worst"] * 4 and shown(page, "precision") == by_ap[:4]
         assert page.inner_text("#count") == "4 of 12 queries"
         page.click("button[type=reset]")
         until(page, "document.querySelector('#count').textContent.startsWith('12 ')")
@@ -162,12 +164,12 @@ def test_filters_and_order_choose_rows(browser: Any, page_file: Path) -> None:
 
 
 def shown(page: Any, key: str) -> list[str]:
-    """A value of each row that is to be seen, from top to bottom."""
+    """A data attribute of each visible row, from top to bottom."""
     visible = "rows => rows.filter(r => r.checkVisibility())"
     return list(page.eval_on_selector_all(".row", f"{visible}.map(r => r.dataset.{key})"))
 
 
-def test_verdicts_differ_by_frame_sign_and_word(browser: Any, page_file: Path) -> None:
+def test_verdicts_differ_in_frame_sign_and_text(browser: Any, page_file: Path) -> None:
     with Visit(browser, page_file) as page:
         frames, signs = set(), set()
         for verdict in ("match", "miss", "left-out", "query"):
@@ -184,7 +186,7 @@ def test_verdicts_differ_by_frame_sign_and_word(browser: Any, page_file: Path) -
         assert "cannot be read" in gone.first.locator("..").get_attribute("aria-label")
 
 
-def test_everything_is_reached_by_keyboard(browser: Any, page_file: Path) -> None:
+def test_every_control_is_reachable_by_keyboard(browser: Any, page_file: Path) -> None:
     with Visit(browser, page_file) as page:
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.className") == "skip"
@@ -203,9 +205,9 @@ def test_everything_is_reached_by_keyboard(browser: Any, page_file: Path) -> Non
             if reached.count("strip") == 12:
                 break
         assert reached.count("strip") == 12 and outlined
-        filters = ["sort", "camera", "person", "order", "out", "reset"]
+        filters = ["group", "camera", "person", "order", "out", "reset"]
         assert [name for name in reached if name in filters] == filters
-        # A row of images scrolls by the arrow keys.
+        # The arrow keys scroll a row of images.
         strip = page.locator(".strip").first
         page.set_viewport_size({"width": 390, "height": 800})
         strip.focus()
@@ -214,24 +216,24 @@ def test_everything_is_reached_by_keyboard(browser: Any, page_file: Path) -> Non
 
 
 def until(page: Any, condition: str) -> None:
-    """Wait; Playwright's own way evaluates strings, which the page's policy forbids."""
+    """Wait for a condition; Playwright's own wait evaluates strings, which the policy forbids."""
     for _ in range(100):
         if page.evaluate(condition):
             return
         page.wait_for_timeout(20)
-    pytest.fail(f"never came true: {condition}")
+    pytest.fail(f"still false: {condition}")
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_the_page_never_scrolls_sideways(browser: Any, page_file: Path, width: int) -> None:
     with Visit(browser, page_file, viewport={"width": width, "height": 844}) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        # And no text is too small to be read.
+        # No text is too small to read.
         sizes = page.evaluate(TEXT_SIZES)
         assert min(sizes) >= (10 if width > 320 else 9), sizes
 
 
-# The sizes on the screen, text of charts as they are scaled.
+# Font sizes on the screen, with the scaling of the charts applied.
 TEXT_SIZES = """() => [...document.querySelectorAll("body *")]
   .filter(n => n.checkVisibility() && !n.closest("defs, .unseen, title")
     && [...n.childNodes].some(c => c.nodeType === 3 && c.data.trim()))
@@ -242,21 +244,21 @@ TEXT_SIZES = """() => [...document.querySelectorAll("body *")]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_what_is_behind_it(browser: Any, page_file: Path, scheme: str) -> None:
+def test_text_has_enough_contrast(browser: Any, page_file: Path, scheme: str) -> None:
     with Visit(browser, page_file, color_scheme=scheme) as page:
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (luminance(background) > 0.5) == (scheme == "light")
         found = page.evaluate(COLOURS)
         assert len(found) > 15  # kinds of text
-        faint = {
+        too_low = {
             key: round(contrast(text, *behind), 2)
             for key, (text, behind) in found.items()
             if contrast(text, *behind) < 4.5
         }
-        assert faint == {}
+        assert too_low == {}
 
 
-# Of each kind of text, its colour and those behind it, from the outermost to the nearest.
+# For each kind of text, its colour and its background colours, the outermost first.
 COLOURS = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const rgba = (colour) => {
@@ -293,13 +295,13 @@ def luminance(colour: str) -> float:
 
 
 def relative_luminance(rgb: list[float]) -> float:
-    """As WCAG 2.2 defines it."""
+    """Relative luminance as defined by WCAG 2.2."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def contrast(text: str, *behind: str) -> float:
-    """The contrast ratio of a text on layers of colours, the last one nearest to it."""
+    """The contrast ratio of text on layers of background colours, the nearest one last."""
     below = [1.0, 1.0, 1.0]
     for layer in behind:
         *rgb, alpha = channels(layer)
@@ -310,14 +312,14 @@ def contrast(text: str, *behind: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_contrast_is_that_of_the_definition() -> None:
+def test_contrast_agrees_with_known_values() -> None:
     assert contrast("rgb(0, 0, 0)", "rgb(255, 255, 255)") == pytest.approx(21)
     assert contrast("rgb(119, 119, 119)", "rgb(255, 255, 255)") == pytest.approx(4.48, abs=0.01)
     half = contrast("rgba(0, 0, 0, 0.5)", "rgb(0, 0, 0)", "rgba(255, 255, 255, 1)")
     assert half == pytest.approx(3.95, abs=0.05)
 
 
-def test_without_scripts_all_of_it_is_there(browser: Any, page_file: Path) -> None:
+def test_without_scripts_the_page_is_complete(browser: Any, page_file: Path) -> None:
     with Visit(browser, page_file, java_script_enabled=False) as page:
         assert page.locator(".row").count() == 12
         assert page.locator(".row >> visible=true").count() == 12
@@ -325,7 +327,7 @@ def test_without_scripts_all_of_it_is_there(browser: Any, page_file: Path) -> No
         assert page.locator("#cmc svg").first.is_visible()
 
 
-def test_headings_and_tables_say_what_they_are(browser: Any, page_file: Path) -> None:
+def test_headings_tables_and_labels_are_accessible(browser: Any, page_file: Path) -> None:
     with Visit(browser, page_file) as page:
         assert page.get_attribute("html", "lang") == "en"
         levels = page.eval_on_selector_all(
@@ -353,11 +355,11 @@ def test_the_print_is_light_and_shows_every_image(browser: Any, page_file: Path)
         assert page.eval_on_selector_all(".strip", cut) == 0
 
 
-def test_a_page_of_few_figures_opens_without_a_complaint(
+def test_a_page_of_few_figures_opens_without_messages(
     browser: Any, evaluation: Evaluation, tmp_path: Path
 ) -> None:
     sides = [dataclasses.replace(side, paths=()) for side in (evaluation.query, evaluation.gallery)]
     bare = Evaluation({"mAP": 0.5}, *sides, evaluation.evaluator)
     visit = Visit(browser, write_report(bare, tmp_path, date=DATE))
     with visit as page:
-        assert visit.said == [] and "50.0%" in page.inner_text("#figures")
+        assert visit.messages == [] and "50.0%" in page.inner_text("#figures")
