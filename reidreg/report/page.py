@@ -140,8 +140,8 @@ def _facts(evaluation: Evaluation) -> dict[str, list[str]]:
 def _side(side: Embeddings) -> str:
     pids = side.pids[side.pids != JUNK].tolist()
     junk, cameras = len(side.pids) - len(pids), set(side.camids.tolist())
-    text = f"{len(side.pids):,} images, {len(set(pids)):,} people, {len(cameras):,} cameras"
-    return text + (f"; {junk:,} of the images are junk" if junk else "")
+    images = f"{len(side.pids):,} images" + (f" ({junk:,} junk)" if junk else "")
+    return f"{images}, {len(set(pids)):,} people, {len(cameras):,} cameras"
 
 
 def _shown(value: Any) -> str:
