@@ -23,16 +23,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reidreg.errors import ConfigError, DataError
-from reidreg.synthesis.crops import (
-    HEIGHT,
-    WIDTH,
-    camera_of,
-    draw_distractor,
-    draw_junk,
-    draw_person,
-    person_of,
-)
+from reidreg.synthesis.cameras import camera_of
+from reidreg.synthesis.canvas import HEIGHT, WIDTH
+from reidreg.synthesis.crops import draw_distractor, draw_junk, draw_person
 from reidreg.synthesis.dataset import MARKER, Crop, Layout, Plan, Request, plan, synthesize
+from reidreg.synthesis.people import person_of
 
 AIHUB_NAME = re.compile(r"(\d{4})_c(\d\d)s(\d\d)_(\d{6})\.jpg")
 MARKET_NAME = re.compile(r"(-1|\d{4})_c(\d)s([1-6])_(\d{6})_(\d\d)\.jpg")
