@@ -1,4 +1,4 @@
-"""Random streams: one for each drawn thing, independent of the order of drawing."""
+"""Random streams: one for each thing that is drawn, so that the order of drawing is irrelevant."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 # The first number of a key, one for each kind of stream.
 PERSON, CAMERA, SCENE, CROP, DISTRACTOR, JUNK = range(6)
+FILE_NAMES, SIGHTINGS, OFFICIAL = 100, 101, 102
 
 
 def random_stream(seed: int, *key: int) -> np.random.Generator:
