@@ -15,15 +15,9 @@ from hypothesis import strategies as st
 from reidreg import BACKBONES, DATASETS, Backbone, Config, Dataset, Sample, load_config
 from reidreg.config.yamlfile import parse_yaml
 from reidreg.errors import ConfigError
-from reidreg.tools.import_yacs import (
-    KEYS,
-    RESNETS,
-    TIMM_MODELS,
-    Imported,
-    import_config,
-    is_download,
-    render,
-)
+from reidreg.tools.import_yacs import Imported, import_config, render
+from reidreg.tools.yacs_keys import KEYS
+from reidreg.tools.yacs_model import RESNETS, TIMM_MODELS, is_download
 
 Import = Callable[..., Imported]
 
