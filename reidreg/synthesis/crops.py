@@ -12,12 +12,12 @@ import numpy as np
 from reidreg.synthesis.backgrounds import cut_backdrop
 from reidreg.synthesis.cameras import camera_of
 from reidreg.synthesis.figures import Figure
-from reidreg.synthesis.occlusion import add_bystander, add_occluder, add_shadow, add_stranger
+from reidreg.synthesis.occlusion import add_bystander, add_occluder, add_random_person, add_shadow
 from reidreg.synthesis.people import Person, make_person, person_of
 from reidreg.synthesis.photometry import develop, encode
 from reidreg.synthesis.poses import make_pose
 from reidreg.synthesis.projection import make_view, moved
-from reidreg.synthesis.streams import CROP, DISTRACTOR, JUNK, random_stream
+from reidreg.synthesis.streams import CROP, DISTRACTOR_CROP, JUNK_CROP, random_stream
 
 
 def draw_person(seed: int, pid: int, camid: int, index: int) -> bytes:
@@ -46,7 +46,7 @@ def draw_distractor(seed: int, camid: int, index: int) -> bytes:
     Returns:
         A JPEG of 64 x 128 pixels; the same bytes for the same arguments.
     """
-    rng = random_stream(seed, DISTRACTOR, camid, index)
+    rng = random_stream(seed, DISTRACTOR_CROP, camid, index)
     if rng.random() < 0.6:
         return _draw(rng, make_person(rng), seed, camid)
     camera = camera_of(seed, camid)
@@ -66,7 +66,7 @@ def draw_junk(seed: int, camid: int, index: int) -> bytes:
     Returns:
         A JPEG of 64 x 128 pixels; the same bytes for the same arguments.
     """
-    rng = random_stream(seed, JUNK, camid, index)
+    rng = random_stream(seed, JUNK_CROP, camid, index)
     camera = camera_of(seed, camid)
     image = cut_backdrop(rng, camera)
     if rng.random() < 0.75:
@@ -74,7 +74,7 @@ def draw_junk(seed: int, camid: int, index: int) -> bytes:
         down = float(rng.uniform(-0.6, 0.6))
         view = make_view(rng, camera, 0.0)
         scale = float(rng.uniform(1.0, 1.8))
-        add_stranger(rng, image, camera, moved(view, across, down, scale, yaw=0.0))
+        add_random_person(rng, image, camera, moved(view, across, down, scale, yaw=0.0))
     return encode(develop(rng, image, camera), camera.quality)
 
 

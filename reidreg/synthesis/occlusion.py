@@ -14,7 +14,9 @@ from reidreg.synthesis.projection import View, moved
 from reidreg.synthesis.streams import pick
 
 
-def add_stranger(rng: np.random.Generator, image: Image.Image, camera: Camera, view: View) -> None:
+def add_random_person(
+    rng: np.random.Generator, image: Image.Image, camera: Camera, view: View
+) -> None:
     """Draw a random person into a view."""
     pose = make_pose(rng, camera.heading)
     Figure(image, make_person(rng), pose, view, camera.light).paint()
@@ -26,7 +28,7 @@ def add_bystander(rng: np.random.Generator, image: Image.Image, camera: Camera, 
         across = float(rng.uniform(0.25, 0.6)) * (1 if rng.random() < 0.5 else -1)
         scale = float(rng.uniform(0.5, 0.85))
         far = moved(view, across, -0.12 * (1 - scale) - 0.04, scale, view.yaw)
-        add_stranger(rng, image, camera, far)
+        add_random_person(rng, image, camera, far)
 
 
 def add_occluder(rng: np.random.Generator, image: Image.Image, camera: Camera, view: View) -> None:
@@ -49,7 +51,7 @@ def add_occluder(rng: np.random.Generator, image: Image.Image, camera: Camera, v
         draw.rounded_rectangle(box, 14, fill=colour, outline=tone(colour, 0.7), width=4)
     elif kind == "person":
         across = float(rng.uniform(0.42, 0.62)) * (1 if rng.random() < 0.5 else -1)
-        add_stranger(rng, image, camera, moved(view, across, 0.04, 1.05, view.yaw))
+        add_random_person(rng, image, camera, moved(view, across, 0.04, 1.05, view.yaw))
 
 
 def add_shadow(rng: np.random.Generator, image: Image.Image) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 # The first number of a key, one for each kind of stream.
-PERSON, CAMERA, SCENE, CROP, DISTRACTOR, JUNK = range(6)
+PERSON, CAMERA, SCENE, CROP, DISTRACTOR_CROP, JUNK_CROP = range(6)
 FILE_NAMES, SIGHTINGS, OFFICIAL = 100, 101, 102
 
 

@@ -162,13 +162,13 @@ def test_an_output_that_lost_images_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
-    stranger = tmp_path / "out" / "query" / "1001_c04s43_000750.jpg"
-    stranger.parent.mkdir(parents=True)
-    stranger.write_bytes(b"mine")
+    foreign = tmp_path / "out" / "query" / "1001_c04s43_000750.jpg"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"mine")
     with pytest.raises(DataError, match=r"already holds other files: choose another --output"):
         small(tmp_path / "out")
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [stranger]
-    assert stranger.read_bytes() == b"mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [foreign]
+    assert foreign.read_bytes() == b"mine"
 
 
 def test_a_file_in_place_of_the_output_is_an_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A reid-strong-baseline configuration as one of ours."""
+"""The translation of reid-strong-baseline configurations."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ WANDB:
   TAGS: ["aihub", "kaist", "person-reid"]
 """
 
-# In this company every live key has an effect.
+# With these values every live key has an effect.
 ALL_LIVE = {
     "MODEL.PRETRAIN_PATH": "resnet50.pth",
     "MODEL.IF_WITH_CENTER": "yes",
@@ -144,7 +144,7 @@ OTHER: dict[str, Any] = {
 
 
 def write(folder: Path, keys: Mapping[str, Any]) -> Path:
-    """A yml with these dotted keys."""
+    """Write a YAML file with these dotted keys."""
     nested: dict[str, Any] = {}
     for key, value in keys.items():
         section, _, name = key.rpartition(".")
@@ -156,7 +156,7 @@ def write(folder: Path, keys: Mapping[str, Any]) -> Path:
 
 @pytest.fixture
 def imported(tmp_path: Path) -> Import:
-    """Import a yml of the given text, or of dotted keys beside DATASETS.NAMES."""
+    """Import a file of the given text, or of DATASETS.NAMES and the given dotted keys."""
 
     def run(old: str | Mapping[str, Any]) -> Imported:
         if isinstance(old, str):
@@ -178,7 +178,7 @@ def named(key: str, result: Imported) -> bool:
 
 
 def accepted(result: Imported) -> dict[str, Any]:
-    """The values, which `load_config` took without a complaint when they were imported."""
+    """The values, which `load_config` accepted during the import."""
     assert not named("refuses", result)
     return result.values
 
@@ -319,17 +319,17 @@ def test_a_key_is_translated_or_named(key: str, all_live: Imported, imported: Im
 
 @given(data=st.data())
 @settings(max_examples=10, deadline=None)
-def test_in_any_company_a_key_is_translated_or_named(
+def test_in_any_combination_a_key_is_translated_or_named(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     changed = data.draw(st.sets(st.sampled_from(sorted(OTHER))))
     old = {**ALL_LIVE, **{key: OTHER[key] for key in changed}}
-    # Without its path, a `self` is refused.
+    # The choice `self` is refused without its path.
     candidates = [
         key for key in old.keys() - {"MODEL.PRETRAIN_PATH"} if old[key] != KEYS[key].default
     ]
     gone = data.draw(st.sampled_from(sorted(candidates)))
-    folder = tmp_path_factory.mktemp("company")
+    folder = tmp_path_factory.mktemp("combination")
     whole = import_config(write(folder, old))
     part = import_config(write(folder, {key: old[key] for key in old if key != gone}))
     assert whole.values != part.values or set(whole.notes) != set(part.notes)
@@ -399,7 +399,7 @@ def test_a_malformed_value_names_its_key(key: str, value: Any, imported: Import)
         ("MODEL: resnet50", "MODEL: expected keys and values, got 'resnet50'"),
     ],
 )
-def test_a_key_that_was_never_there_is_refused(text: str, hint: str, imported: Import) -> None:
+def test_an_unknown_key_is_refused(text: str, hint: str, imported: Import) -> None:
     with pytest.raises(ConfigError, match=hint):
         imported(text)
 
@@ -550,11 +550,11 @@ def test_an_unknown_model_is_answered_with_the_nearest(imported: Import) -> None
         (".", False),
     ],
 )
-def test_downloads_are_told_from_weights_of_ones_own(path: str, download: bool) -> None:
+def test_downloads_are_distinguished_from_other_weights(path: str, download: bool) -> None:
     assert is_download(path) is download
 
 
-def test_weights_of_ones_own_stay_a_path(imported: Import, tmp_path: Path) -> None:
+def test_other_weights_stay_a_path(imported: Import, tmp_path: Path) -> None:
     weights = tmp_path / "lup.pth"
     weights.touch()
     result = imported({"MODEL.PRETRAIN_PATH": str(weights)})
@@ -562,20 +562,20 @@ def test_weights_of_ones_own_stay_a_path(imported: Import, tmp_path: Path) -> No
     assert named("MODEL.PRETRAIN_PATH", result)
 
 
-def test_weights_that_are_not_there_are_announced(imported: Import) -> None:
+def test_missing_weights_are_noted(imported: Import) -> None:
     result = imported({"MODEL.PRETRAIN_PATH": "nowhere/lup.pth"})
     assert result.values["backbone"]["pretrained"] == "nowhere/lup.pth"
     assert named("refuses this as it stands: backbone.pretrained", result)
 
 
-def test_a_model_of_ones_own_starts_the_run(imported: Import) -> None:
+def test_the_path_of_choice_self_starts_the_run(imported: Import) -> None:
     result = imported({"MODEL.PRETRAIN_CHOICE": "self", "MODEL.PRETRAIN_PATH": "log/m_10.pth"})
     config = resolved(result)
     assert (config.init_from, config.backbone.options["pretrained"]) == ("log/m_10.pth", "none")
     assert named("'log/m_10.pth'", result)
 
 
-def test_a_model_of_ones_own_needs_a_path(imported: Import) -> None:
+def test_choice_self_needs_a_path(imported: Import) -> None:
     with pytest.raises(ConfigError, match="MODEL.PRETRAIN_PATH"):
         imported({"MODEL.PRETRAIN_CHOICE": "self"})
 
@@ -643,7 +643,7 @@ def test_with_a_center_loss_the_metric_loss_decides(
         ("softmax_triplet", {"center": CENTER, "id": SMOOTHED, "triplet": TRIPLET}),
     ],
 )
-def test_the_guides_center_command_does_what_it_promised(
+def test_the_guides_center_command_trains_with_the_center_loss(
     sampler: str, terms: dict[str, Any], imported: Import
 ) -> None:
     result = imported({"MODEL.IF_WITH_CENTER": "yes", "DATALOADER.SAMPLER": sampler})
@@ -672,7 +672,7 @@ def test_a_margin_of_none_is_the_soft_margin(spelling: str, imported: Import) ->
     assert losses(result) == {"triplet": {**TRIPLET, "margin": None}}
 
 
-def test_a_batch_of_broken_identities_is_announced_with_the_nearest(imported: Import) -> None:
+def test_a_batch_size_that_splits_an_identity_is_noted_with_the_nearest(imported: Import) -> None:
     result = imported(
         {
             "DATALOADER.SAMPLER": "softmax_triplet",
@@ -735,13 +735,13 @@ def test_folders_of_aihub_kaist_are_kept(imported: Import) -> None:
     }
 
 
-def test_a_size_of_its_own_for_evaluation_is_named(imported: Import) -> None:
+def test_a_different_size_for_evaluation_is_named(imported: Import) -> None:
     result = imported({"INPUT.SIZE_TRAIN": [256, 128]})
     assert resolved(result).input.size == (256, 128)
     assert named("INPUT.SIZE_TEST [384, 128]", result)
 
 
-def test_a_normalisation_of_ones_own_is_kept(imported: Import) -> None:
+def test_a_different_normalisation_is_kept(imported: Import) -> None:
     result = imported({"INPUT.PIXEL_MEAN": "[0.5, 0.5, 0.5]", "INPUT.PIXEL_STD": (0.2, 0.2, 1)})
     images = resolved(result).input
     assert (images.mean, images.std) == ((0.5, 0.5, 0.5), (0.2, 0.2, 1.0))
