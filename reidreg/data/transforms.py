@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reidreg.config.sections import InputConfig
-from reidreg.data.buffer_pool import Buffers
+from reidreg.data.buffer_pool import BufferPool
 from reidreg.parts.interfaces import IMAGENET_MEAN
 
 Triple = tuple[float, float, float]
@@ -130,7 +130,7 @@ class Augmentation:
     def __init__(self, config: InputConfig, normalisation: Normalisation) -> None:
         self.config = config
         self.normalisation = normalisation
-        self._buffers = Buffers()
+        self._pool = BufferPool()
 
     def draw(self, count: int, key: Sequence[int]) -> Views:
         """As `draw_views`, with this one's size and probabilities."""
@@ -158,7 +158,7 @@ class Augmentation:
         rows = _rows(images)
         width = images.shape[-1]
         scale, shift, fill = self.normalisation.tables(images.device, width)
-        augmented = self._buffers.empty(*rows.shape)
+        augmented = self._pool.empty(*rows.shape)
         view = torch.empty(rows.shape[1:], dtype=torch.uint8)
         places = view.numpy().reshape(-1, width, 3)
         for source, target, (flipped, top, left, *box) in zip(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from reidreg.config.sections import Config, InputConfig
 from reidreg.data.labels import Labels
-from reidreg.data.loading import count_workers, eval_loader, loading_processes
+from reidreg.data.loading import eval_loader
 from reidreg.data.transforms import Normalisation
+from reidreg.data.workers import count_workers, loading_processes
 from reidreg.distributed.group import collect_rows, world
 from reidreg.errors import DataError
 from reidreg.logs.console import ProgressBar

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from reidreg.config.sections import Config
-from reidreg.data.loading import loading_processes
+from reidreg.data.workers import loading_processes
 from reidreg.distributed.group import (
     broadcast,
     broadcast_state,

@@ -13,9 +13,10 @@ from reidreg.config.schedules import Schedule
 from reidreg.config.sections import Config
 from reidreg.data.holdout import HeldOut, hold_out
 from reidreg.data.labels import Labels, labels_of, training_samples
-from reidreg.data.loading import TrainLoader, count_workers
+from reidreg.data.loading import TrainLoader
 from reidreg.data.sampling import build_sampler
 from reidreg.data.transforms import Augmentation
+from reidreg.data.workers import count_workers
 from reidreg.distributed.group import broadcast_state, check_same_run, main_first, world
 from reidreg.distributed.random_state import (
     seed_everything,

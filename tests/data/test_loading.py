@@ -14,8 +14,9 @@ from PIL import Image
 from reidreg import SAMPLERS, DataError, Dataset, Sample, Sampler
 from reidreg.config.sections import CacheSetting, InputConfig
 from reidreg.data.labels import Labels, labels_of, statistics, training_samples
-from reidreg.data.loading import TrainLoader, count_workers, eval_loader
+from reidreg.data.loading import TrainLoader, eval_loader
 from reidreg.data.transforms import Augmentation, Normalisation
+from reidreg.data.workers import count_workers
 from reidreg.values import Batch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -278,6 +279,6 @@ def test_workers_are_counted_and_cores_are_shared(monkeypatch: pytest.MonkeyPatc
         (6, "4", 1),
         (2, "8", 1),
     ):
-        monkeypatch.setattr("reidreg.data.loading.count_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("reidreg.data.workers.count_cores", lambda cores=cores: cores)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
         assert count_workers("auto") == expected and count_workers(5) == 5

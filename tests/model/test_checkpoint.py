@@ -349,7 +349,7 @@ PROGRAM = """
 import itertools, resource, signal, sys, torch
 from pathlib import Path
 from reidreg.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from reidreg.data.loading import Labels
+from reidreg.data.labels import Labels
 from reidreg.errors import CheckpointError
 def save(tree):
     save_checkpoint(Checkpoint({}, {}, Labels((), ()), {}, 0, 0, training=tree), path)
