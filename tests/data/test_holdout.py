@@ -19,12 +19,12 @@ from reidreg import (
     fit,
     load_checkpoint,
     load_config,
-    training,
 )
 from reidreg.config.sections import ValidationConfig
 from reidreg.data.holdout import HeldOut, hold_out
 from reidreg.errors import CheckpointError, ConfigError, DataError
 from reidreg.model.checkpoint import save_checkpoint
+from reidreg.training import loop
 
 Values = dict[str, Any]
 Counts = dict[int, dict[int, int]]
@@ -213,7 +213,7 @@ def test_a_run_that_stopped_at_the_test_set_makes_up_for_it(
 ) -> None:
     config = configure(aihub_root, tmp_path / "run")
 
-    real = training.evaluate_best
+    real = loop.evaluate_best
 
     def stop(*arguments: Any) -> None:
         if logged:  # but no checkpoint knows of it
@@ -221,7 +221,7 @@ def test_a_run_that_stopped_at_the_test_set_makes_up_for_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate_best", stop)
+        patch.setattr(loop, "evaluate_best", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(config)
     assert len(met_the_test_set(tmp_path / "run")) == logged
