@@ -1,4 +1,4 @@
-"""The numbering of identities and cameras in training, and what a split holds."""
+"""The labels of training: how identities and cameras are numbered."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reidreg.values import Sample
 
 @dataclass(frozen=True)
 class Labels:
-    """How training numbers identities and cameras: by rank among the sorted raw ids.
+    """Class labels and camera indices: an id's position among the sorted ids.
 
     Args:
         pids: The training identities; their positions are the labels.
@@ -55,9 +55,3 @@ def labels_of(samples: Sequence[Sample]) -> Labels:
         pids=tuple(sorted({sample.pid for sample in samples})),
         camids=tuple(sorted({sample.camid for sample in samples})),
     )
-
-
-def statistics(samples: Sequence[Sample]) -> tuple[int, int, int]:
-    """Identities, images and cameras of a split; junk and distractors count as images alone."""
-    pids = {sample.pid for sample in samples if sample.pid >= 0}
-    return len(pids), len(samples), len({sample.camid for sample in samples})

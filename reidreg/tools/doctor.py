@@ -113,8 +113,8 @@ def _disk() -> list[str]:
 
 def _data(configs: list[str]) -> tuple[list[str], list[str]]:
     from reidreg.config.parsing import load_config
+    from reidreg.data.statistics import statistics_table
     from reidreg.parts.interfaces import DATASETS
-    from reidreg.training.announce import statistics_table
 
     try:
         config = load_config(*configs)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from reidreg.config.sections import TRAINING_FIGURES, advice
-from reidreg.data.labels import statistics
+from reidreg.data.statistics import split_statistics, statistics_table
 from reidreg.logs.console import logger
 from reidreg.model.model import count_parameters
 from reidreg.parts.interfaces import Dataset
 from reidreg.training.run import Run
-from reidreg.values import Sample
 
 
 def announce(run: Run) -> None:
@@ -41,23 +40,10 @@ def announce(run: Run) -> None:
         logger.warning("note: %s", line)
 
 
-def statistics_table(dataset: Dataset) -> list[str]:
-    """Identities, images and cameras of each split, with the folders and notes of the data set."""
-    folders = dataset.folders()
-    lines = [f"{split} folder: {folder}" for split, folder in folders.items()]
-    rule = "-" * 42
-    lines += [rule, "subset   |   # ids |  # images | # cameras", rule]
-    for split in ("train", "query", "gallery"):
-        samples: Sequence[Sample] = getattr(dataset, split)
-        ids, images, cameras = statistics(samples)
-        lines.append(f"{split:<8} | {ids:>7,} | {images:>9,} | {cameras:>9,}")
-    return [*lines, rule, *(f"note: {note}" for note in dataset.notes())]
-
-
 def describe_held_out(people: Dataset) -> str:
     """A line on the training identities that are held out for validation."""
     query, gallery = people.query, people.gallery
-    ids, images, _ = statistics([*query, *gallery])
+    ids, images, _ = split_statistics([*query, *gallery])
     return (
         f"held out of training for validation: {ids:,} identities, {images:,} images "
         f"({len(query):,} queries, {len(gallery):,} in the gallery)"

@@ -13,8 +13,9 @@ from PIL import Image
 
 from reidreg import SAMPLERS, DataError, Dataset, Sample, Sampler
 from reidreg.config.sections import CacheSetting, InputConfig
-from reidreg.data.labels import Labels, labels_of, statistics, training_samples
+from reidreg.data.labels import Labels, labels_of, training_samples
 from reidreg.data.loading import TrainLoader, eval_loader
+from reidreg.data.statistics import split_statistics
 from reidreg.data.transforms import Augmentation, Normalisation
 from reidreg.data.workers import count_workers
 from reidreg.values import Batch
@@ -65,10 +66,10 @@ def test_training_needs_two_identities(pids: list[int]) -> None:
         training_samples(Listed(samples))
 
 
-def test_statistics_count_junk_and_distractors_as_images_alone() -> None:
+def test_statistics_count_the_images_of_junk_but_no_identity() -> None:
     samples = [Sample("a", -1, 1), Sample("b", 0, 1), Sample("c", 3, 2), Sample("d", 3, 5)]
-    assert statistics(samples) == (2, 4, 3)
-    assert statistics([]) == (0, 0, 0)
+    assert split_statistics(samples) == (2, 4, 3)
+    assert split_statistics([]) == (0, 0, 0)
 
 
 # --------------------------------------------------------------------- loaders

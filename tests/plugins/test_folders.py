@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from reidreg import DATASETS, DataError, Dataset, Sample
-from reidreg.data.labels import statistics
+from reidreg.data.statistics import split_statistics
 from reidreg.errors import ConfigError
 from reidreg_plugins.datasets.aihub_kaist import OFFICIAL
 
@@ -131,11 +131,11 @@ def test_a_list_of_training_folders_is_one_training_set(tmp_path: Path) -> None:
     touch(tmp_path / "bounding_box_train_2", ["0001_c05s31_000100.jpg", "0300_c05s31_000100.jpg"])
     both = aihub(tmp_path, train_folder=["bounding_box_train_1", "bounding_box_train_2"])
     # Person 1 is in both folders, and is one person.
-    assert statistics(both.train) == (4, 5, 4)
+    assert split_statistics(both.train) == (4, 5, 4)
     assert ids(both.train)[3:] == [(1, 5), (300, 5)]
     assert both.folders()["train"].count("bounding_box_train_") == 2
     alone = aihub(tmp_path, train_folder="bounding_box_train_2")
-    assert statistics(alone.train) == (2, 2, 1)
+    assert split_statistics(alone.train) == (2, 2, 1)
 
 
 @pytest.mark.parametrize("folders", [[], ["a", "a"], ["a", "b", "a"]])
@@ -329,7 +329,9 @@ def test_the_whole_of_aihub_is_read_in_less_than_three_seconds(tmp_path: Path) -
     for _ in range(2):
         start = time.perf_counter()
         dataset = aihub(tmp_path, train_folder=folders)
-        counts = [statistics(split) for split in (dataset.train, dataset.query, dataset.gallery)]
+        counts = [
+            split_statistics(split) for split in (dataset.train, dataset.query, dataset.gallery)
+        ]
         notes = dataset.notes()
         seconds = time.perf_counter() - start
         if seconds < 3:
