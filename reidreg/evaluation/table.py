@@ -1,61 +1,29 @@
-"""An evaluation in words: a log line, a table, and the figures of the metrics log."""
+"""An evaluation as text: a log line and a table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FIGURES = ("mAP", "mINP", "rank1", "rank5", "rank10")
+from reidreg.evaluation.figures import FIGURES, blocks, numbers_of
+
 _WIDEST = 12  # cameras that fit side by side on a terminal
 
 
 def describe_evaluation(figures: Mapping[str, Any], epoch: int, what: str = "evaluation") -> str:
     """A log line of an evaluation of the model of an epoch."""
     when = f"after epoch {epoch}" if epoch else "before training"
-    blocks = _blocks(figures).items()
-    parts = [f"{name.rstrip('/')} {_in_words(block)}".lstrip() for name, block in blocks]
+    parts = [f"{name} {_listed(block)}".lstrip() for name, block in blocks(figures).items()]
     return f"{what} {when}: {'; '.join(parts)}"
 
 
-def _in_words(figures: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {figures[key]:.2%}" for key in FIGURES if key in figures)
-
-
-def log_figures(prefix: str, figures: Mapping[str, Any]) -> dict[str, float]:
-    """An evaluation's figures under the keys of metrics.jsonl and W&B.
-
-    Args:
-        prefix: `val`, or `test` for what is evaluated once, at the end.
-        figures: What the evaluator gave.
-    """
-    found = {
-        f"{prefix}/{name}{key}": block[key]
-        for name, block in _blocks(figures).items()
-        for key in FIGURES
-        if key in block
-    }
-    verification = figures.get("verification")
-    if verification:
-        found[f"{prefix}/eer"] = verification["eer"]
-        for kind in ("tar", "dir"):
-            for entry in verification[f"{kind}_at_far"]:
-                found[f"{prefix}/{kind}_at_far_{entry['far']:g}"] = entry[kind]
-    return found
-
-
-def _blocks(figures: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The raw figures and the post-processed ones, under `name/`; the raw ones under nothing."""
-    blocks = {
-        f"{name}/": block
-        for name, block in figures.items()
-        if isinstance(block, Mapping) and isinstance(block.get("mAP"), float)
-    }
-    return {"": figures, **blocks}
+def _listed(block: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value:.2%}" for key, value in numbers_of(block).items())
 
 
 def evaluation_table(figures: Mapping[str, Any]) -> list[str]:
-    """An evaluation's figures as a table: raw and post-processed side by side, and what else."""
-    lines = [*_figures_table(figures), _counted(figures)]
+    """An evaluation as lines: figures of all blocks side by side, and what else was computed."""
+    lines = [*_figures_table(figures), _query_counts(figures)]
     if figures.get("verification"):
         lines += ["", *_verification_lines(figures["verification"])]
     if figures.get("cameras"):
@@ -64,26 +32,30 @@ def evaluation_table(figures: Mapping[str, Any]) -> list[str]:
 
 
 def _figures_table(figures: Mapping[str, Any]) -> list[str]:
-    blocks = _blocks(figures)
-    spread = any("intervals" in block for block in blocks.values())
-    rows = [["figure", *(name.rstrip("/") or "raw" for name in blocks)]]
-    for key in FIGURES:
-        if key in figures:
-            rows.append([key, *(_share(block, key, spread) for block in blocks.values())])
-    return _aligned(rows) + (["in brackets: 95 % intervals, by drawing people"] if spread else [])
+    columns = blocks(figures)
+    intervals = any("intervals" in block for block in columns.values())
+    rows = [["figure", *(name or "raw" for name in columns)]]
+    rows += [
+        [key, *(_cell(block, key, intervals) for block in columns.values())]
+        for key in FIGURES
+        if key in numbers_of(figures)
+    ]
+    note = ["in brackets: 95 % bootstrap intervals over people"] if intervals else []
+    return _aligned(rows) + note
 
 
-def _share(block: Mapping[str, Any], key: str, spread: bool) -> str:
-    """A figure in percent, with its interval if there is one and room for it if others have one."""
-    text = f"{block[key]:.2%}" if key in block else "-"
+def _cell(block: Mapping[str, Any], key: str, intervals: bool) -> str:
+    """A figure in percent with its interval, or with blanks for it where other cells have one."""
+    value = numbers_of(block).get(key)
+    text = "-" if value is None else f"{value:.2%}"
     ends = block.get("intervals", {}).get(key)
     if ends:
         return f"{text} [{ends[0] * 100:6.2f}, {ends[1] * 100:6.2f}]"
-    return text + " " * 17 if spread else text
+    return text + " " * 17 if intervals else text
 
 
-def _counted(figures: Mapping[str, Any]) -> str:
-    """How many queries count, and why the others do not."""
+def _query_counts(figures: Mapping[str, Any]) -> str:
+    """How many queries are counted, and why the others are not."""
     line = (
         f"{figures['num_valid_queries']:,} of {figures['num_queries']:,} queries against "
         f"{figures['num_gallery']:,} gallery images"
@@ -91,13 +63,13 @@ def _counted(figures: Mapping[str, Any]) -> str:
     skipped = figures["num_queries"] - figures["num_valid_queries"]
     if not skipped:
         return line
-    why = figures.get("skipped", {})
+    counts = figures.get("skipped", {})
     reasons = {
-        "without an image of their person in the gallery": why.get("without_gallery"),
-        "with images by their own camera alone": why.get("same_camera_only"),
+        "without an image of their person in the gallery": counts.get("without_gallery"),
+        "with images by their own camera alone": counts.get("same_camera_only"),
     }
-    said = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
-    return f"{line}; {skipped:,} are not counted" + (f": {said}" if said else ": no match")
+    listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+    return f"{line}; {skipped:,} are not counted: {listed or 'no match'}"
 
 
 def _verification_lines(verification: Mapping[str, Any]) -> list[str]:
@@ -125,7 +97,7 @@ def _verification_lines(verification: Mapping[str, Any]) -> list[str]:
 
 
 def _camera_lines(cameras: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The mAP of each pair as a square, or, where that is too wide, of the worst pairs."""
+    """The mAP of each pair as a matrix, or, where that is too wide, of the worst pairs."""
     pairs = {(row["query_camera"], row["gallery_camera"]): row for row in cameras}
     queries, galleries = (sorted(set(side)) for side in zip(*pairs, strict=True))
     if len(galleries) > _WIDEST:
@@ -143,7 +115,7 @@ def _camera_lines(cameras: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines: the first column to the left, the others to the right."""
+    """Rows of cells as lines: the first column flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

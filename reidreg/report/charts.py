@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reidreg.report.figures import blocks, is_number
+from reidreg.report.figures import is_number, titled_blocks
 
 WIDTH, HEIGHT, TALL_HEIGHT = 520, 320, 500
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 14, 26, 54
@@ -100,7 +100,7 @@ class Chart:
 
 def cmc_chart(figures: Mapping[str, Any], height: int = HEIGHT) -> Chart | None:
     """The CMC curves of the raw and the post-processed figures, or None if there are none."""
-    found = {title: block for title, block in blocks(figures).items() if block.get("cmc")}
+    found = {title: block for title, block in titled_blocks(figures).items() if block.get("cmc")}
     if not found:
         return None
     ranks = max(len(block["cmc"]) for block in found.values())

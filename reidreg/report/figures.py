@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from reidreg.evaluation.figures import blocks
+
 NAMES = {"mAP": "mAP", "mINP": "mINP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10"}
-_BLOCKS = {"reranked": "Re-ranked", "expanded": "Expanded"}
+_TITLES = {"": "Raw", "reranked": "Re-ranked", "expanded": "Expanded"}
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,14 @@ class Figure:
     gain: float | None
 
 
-def blocks(figures: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The raw figures and each post-processed block of the same keys, by title."""
-    found = {"Raw": figures}
-    for key, block in figures.items():
-        if isinstance(block, Mapping) and any(name in block for name in NAMES):
-            # Intervals have these keys as well, but hold pairs.
-            if key != "intervals":
-                found[_BLOCKS.get(key, key)] = block
-    return found
+def titled_blocks(figures: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The raw figures and each post-processed block, by title."""
+    return {_TITLES.get(name, name): block for name, block in blocks(figures).items()}
 
 
 def figure_table(figures: Mapping[str, Any]) -> dict[str, list[Figure | None]]:
     """The available figures by name, each with a cell for each block."""
-    columns = blocks(figures).values()
+    columns = titled_blocks(figures).values()
     return {
         name: [_figure(figures, block, key) for block in columns]
         for key, name in NAMES.items()

@@ -17,7 +17,7 @@ from reidreg._version import __version__
 from reidreg.evaluation.evaluate import Evaluation
 from reidreg.report.cameras import camera_matrix
 from reidreg.report.charts import HEIGHT, TALL_HEIGHT, cmc_chart, score_chart
-from reidreg.report.figures import blocks, figure_table, is_number, skipped
+from reidreg.report.figures import figure_table, is_number, skipped, titled_blocks
 from reidreg.report.galleries import RankedQuery
 from reidreg.report.thumbnails import Thumbnails
 from reidreg.retrieval.matching import JUNK
@@ -62,7 +62,7 @@ def render_page(
             script=script,
             policy=_policy(style, script),
             table=figure_table(figures),
-            blocks=list(blocks(figures)),
+            blocks=list(titled_blocks(figures)),
             intervals="intervals" in figures,
             facts=_facts(evaluation),
             # As high as the neighbouring section, the scores with their table.

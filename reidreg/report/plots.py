@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from reidreg.report.charts import rank_intervals, score_name, shares_of
-from reidreg.report.figures import blocks, is_number
+from reidreg.report.figures import is_number, titled_blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ def draw_cmc(figures: Mapping[str, Any]) -> bytes | None:
     Returns:
         The bytes, or None if there is no curve.
     """
-    curves = {title: block for title, block in blocks(figures).items() if block.get("cmc")}
+    curves = {title: block for title, block in titled_blocks(figures).items() if block.get("cmc")}
     if not curves:
         return None
     figure, axes = _canvas("Rank", "Queries matched (%)")

@@ -28,7 +28,8 @@ from reidreg.distributed.group import (
 from reidreg.distributed.random_state import draw_alike
 from reidreg.errors import ConfigError, DataError, DeviceError, InterruptedRun
 from reidreg.evaluation.evaluate import evaluate_dataset, write_metrics
-from reidreg.evaluation.table import describe_evaluation, log_figures
+from reidreg.evaluation.figures import log_figures
+from reidreg.evaluation.table import describe_evaluation
 from reidreg.logs.console import MetricsLog, ProgressBar, log_to_nobody, logger, start_wandb
 from reidreg.logs.step_phases import DATA, UNHEARD, Phases
 from reidreg.machine.devices import choose_device

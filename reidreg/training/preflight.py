@@ -16,7 +16,8 @@ import torch
 
 from reidreg.distributed.group import broadcast, world
 from reidreg.errors import ConfigError, DeviceError
-from reidreg.evaluation.table import describe_evaluation, log_figures
+from reidreg.evaluation.figures import log_figures
+from reidreg.evaluation.table import describe_evaluation
 from reidreg.logs.console import logger
 from reidreg.machine.gpu_memory import describe_shortage, memory_of
 from reidreg.machine.sizes import size_in_text

@@ -12,7 +12,8 @@ import torch
 
 from reidreg import EVALUATORS, DataError, Embeddings, Sample, load_config
 from reidreg.errors import ConfigError
-from reidreg.evaluation.table import describe_evaluation, evaluation_table, log_figures
+from reidreg.evaluation.figures import log_figures
+from reidreg.evaluation.table import describe_evaluation, evaluation_table
 from reidreg.retrieval.bootstrap import bootstrap_intervals
 from reidreg.retrieval.ranking import match_positions
 from reidreg.retrieval.singleshot import single_shot_positions

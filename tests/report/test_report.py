@@ -27,7 +27,7 @@ from reidreg.evaluation.evaluate import Evaluation
 from reidreg.parts.schema import options_of
 from reidreg.report.cameras import camera_matrix
 from reidreg.report.charts import Axis, cmc_chart, score_chart
-from reidreg.report.figures import blocks, figure_table, skipped
+from reidreg.report.figures import figure_table, skipped, titled_blocks
 from reidreg.report.galleries import pick_queries, ranked_queries
 from reidreg.report.options import with_report_figures
 from reidreg.report.thumbnails import Thumbnails
@@ -176,7 +176,7 @@ def test_post_processed_figures_are_shown_with_their_gain_over_the_raw_ones() ->
         "mine": {"mAP": 0.4, "intervals": {"mAP": [0.3, 0.5]}},
         "verification": {"eer": 0.1},
     }
-    assert list(blocks(figures)) == ["Raw", "Re-ranked", "mine"]
+    assert list(titled_blocks(figures)) == ["Raw", "Re-ranked", "mine"]
     table = figure_table(figures)
     assert list(table) == ["mAP", "Rank-1"]
     raw, reranked, mine = table["mAP"]
