@@ -47,7 +47,7 @@ _HOMES = {
     "evaluate_checkpoint": "evaluation.evaluate",
     "evaluate_features": "evaluation.evaluate",
     "expand_queries": "retrieval.expansion",
-    "extract": "evaluation.evaluate",
+    "extract": "evaluation.extract",
     "fit": "training.loop",
     "load_checkpoint": "model.checkpoint",
     "load_config": "config.parsing",
@@ -125,12 +125,8 @@ if TYPE_CHECKING:
     from reidreg.config.parsing import load_config
     from reidreg.config.sections import Config
     from reidreg.errors import DataError, ReidregError
-    from reidreg.evaluation.evaluate import (
-        evaluate,
-        evaluate_checkpoint,
-        evaluate_features,
-        extract,
-    )
+    from reidreg.evaluation.evaluate import evaluate, evaluate_checkpoint, evaluate_features
+    from reidreg.evaluation.extract import extract
     from reidreg.index.gallery import GalleryIndex
     from reidreg.logs.console import ProgressBar
     from reidreg.model.checkpoint import Checkpoint, load_checkpoint

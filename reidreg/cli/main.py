@@ -282,15 +282,12 @@ def evaluate_command(arguments: list[str]) -> int:
     if own["query"] or own["gallery"]:
         raise ConfigError("--ckpt and --query/--gallery exclude each other")
     from reidreg.distributed.group import joined
-    from reidreg.evaluation.evaluate import (
-        cache_folder_of,
-        evaluate_checkpoint,
-        run_folder_of,
-        write_metrics,
-    )
+    from reidreg.evaluation.evaluate import evaluate_checkpoint, write_metrics
     from reidreg.evaluation.table import evaluation_table
     from reidreg.logs.console import log_to_console, logger
     from reidreg.machine.devices import choose_device
+    from reidreg.model.checkpoint import run_folder_of
+    from reidreg.model.feature_cache import cache_folder_of
 
     log_to_console()
     output = Path(own["output"]) if own["output"] else run_folder_of(Path(ckpt))
@@ -397,9 +394,10 @@ def extract_command(arguments: list[str]) -> int:
     # Without one, only --help comes this far, and it has left.
     assert ckpt is not None and checkpoint is not None
     from reidreg.distributed.group import joined
-    from reidreg.evaluation.evaluate import cache_folder_of, extract_checkpoint
+    from reidreg.evaluation.extract import extract_checkpoint
     from reidreg.logs.console import log_to_console
     from reidreg.machine.devices import choose_device
+    from reidreg.model.feature_cache import cache_folder_of
     from reidreg.model.feature_files import check_output, save_features
 
     log_to_console()

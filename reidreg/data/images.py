@@ -11,6 +11,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -20,11 +21,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from reidreg.errors import DataError
+from reidreg.values import Sample
 
 # Crops are small; what is larger is a mistake or a bomb.
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 _MAX_BYTES = 2**24  # of files that are read whole; larger ones are Pillow's
+
+
+def folder_samples(folder: Path) -> list[Sample]:
+    """The images of a folder and its sub-folders, sorted, with pid and camid -1: unknown.
+
+    Raises:
+        DataError: It is not a folder, or holds no images.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise DataError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return [Sample(str(path), -1, -1) for path in paths]
 
 
 def read_image(path: str) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Features of a split, and the figures that follow from them."""
+"""Query and gallery to figures: of a model, of a checkpoint, or of files of features."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from typing import Any
 from reidreg.config.parsing import Layer
 from reidreg.config.sections import Config
 from reidreg.distributed.group import broadcast, world
-from reidreg.errors import ConfigError, DataError
+from reidreg.errors import DataError
 from reidreg.files import replacing
 from reidreg.logs.console import logger
 from reidreg.model.checkpoint import Checkpoint
 from reidreg.model.embedder import Embedder
 from reidreg.model.feature_cache import FeatureCache
 from reidreg.model.feature_files import load_features
-from reidreg.model.restore import open_checkpoint, restore_embedder
+from reidreg.model.restore import caching_embedder, open_checkpoint
 from reidreg.parts.interfaces import DATASETS, EVALUATORS, Dataset, Evaluator
-from reidreg.values import Embeddings, Sample
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+from reidreg.values import Embeddings
 
 
 def evaluate_dataset(
@@ -30,7 +28,7 @@ def evaluate_dataset(
 ) -> tuple[dict[str, Any], Embeddings, Embeddings]:
     """The figures of a model on a data set, with the query's and the gallery's features.
 
-    Several processes share the extraction; the first computes the figures, and all return them.
+    All ranks share the extraction; rank 0 computes the figures, and all return them.
     """
     query = embedder.embed(dataset.query, "query")
     gallery = embedder.embed(dataset.gallery, "gallery")
@@ -38,35 +36,17 @@ def evaluate_dataset(
     return broadcast(figures), query, gallery
 
 
-# --------------------------------------------------------------------- from a checkpoint
-
-
-def caching_embedder(
-    checkpoint: Checkpoint, config: Config, cache: Path | None
-) -> Embedder | FeatureCache:
-    """The embedder of a checkpoint, before which stands a folder of kept features if one is given.
-
-    Raises:
-        CheckpointError: The weights do not fit the configured model.
-    """
-    embedder = restore_embedder(checkpoint, config)
-    if cache is None:
-        return embedder
-    parts = {"backbone": config.backbone.as_dict(), "head": config.head.as_dict()}
-    return FeatureCache(embedder, parts, cache)
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation with what it was made from, for reports.
+    """An evaluation with its inputs, for reports.
 
     Args:
         figures: The figures, fractions 0..1.
         query: The query's features.
         gallery: The gallery's features.
-        evaluator: What ranked them.
-        options: The evaluator's options, `name` among them.
-        about: What was evaluated, for people: label to text.
+        evaluator: The evaluator that computed the figures.
+        options: Its options, `name` among them.
+        about: What was evaluated, as labels with their texts.
     """
 
     figures: dict[str, Any]
@@ -85,7 +65,7 @@ def evaluate_checkpoint(
     Args:
         checkpoint: The checkpoint.
         config: Its configuration, perhaps with overrides.
-        cache: The folder of kept features; None extracts anew and keeps nothing.
+        cache: The folder of a feature cache; None for none.
     """
     dataset = DATASETS.build(config.dataset.name, **config.dataset.options)
     evaluator = EVALUATORS.build(config.evaluator.name, **config.evaluator.options)
@@ -115,14 +95,14 @@ def evaluate(
     output_dir: str | Path | None = None,
     cache: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint; it needs nothing but the file and the data.
+    """Evaluate a checkpoint; only its file and the data are needed.
 
     Args:
         ckpt: The checkpoint's file.
         layers: Overrides of its configuration, as for `load_config`.
         flags: Overrides as flags.
         output_dir: Where metrics.json goes; None writes nothing.
-        cache: A folder of features, which are kept for the next evaluation; None keeps nothing.
+        cache: A folder in which features are kept for the next evaluation; None for none.
 
     Returns:
         The figures, fractions 0..1.
@@ -134,19 +114,8 @@ def evaluate(
     return figures
 
 
-def run_folder_of(ckpt: Path) -> Path:
-    """The folder of the run that a checkpoint belongs to, by where the file lies."""
-    ckpt = ckpt.expanduser()
-    return ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
-
-
-def cache_folder_of(ckpt: Path) -> Path:
-    """Where the features of a checkpoint are kept: beside it, whatever the output is."""
-    return run_folder_of(ckpt) / "feature_cache"
-
-
 def evaluate_features(query: str | Path, gallery: str | Path, evaluator: Evaluator) -> Evaluation:
-    """Evaluate features of any system, in files as `load_features` reads them."""
+    """Evaluate features of any system, from files that `load_features` reads."""
     sides = load_features(query), load_features(gallery)
     about = {"Query features": str(query), "Gallery features": str(gallery)}
     return Evaluation(evaluator.evaluate(*sides), *sides, evaluator, about=about)
@@ -164,60 +133,3 @@ def write_metrics(figures: dict[str, Any], path: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"cannot write {path} ({reason}); give another --output") from error
-
-
-def extract(
-    ckpt: str | Path,
-    *layers: Layer,
-    split: str | None = None,
-    images: str | Path | None = None,
-    flags: Sequence[str] = (),
-) -> Embeddings:
-    """The features of a split of the configured data set, or of a folder of images.
-
-    Args:
-        ckpt: The checkpoint's file.
-        layers: Overrides of its configuration.
-        split: train, query or gallery.
-        images: A folder, searched with its sub-folders; pids and camids are then -1.
-        flags: Overrides as flags.
-
-    Raises:
-        ConfigError: Not exactly one of split and images is given.
-    """
-    return extract_checkpoint(
-        *open_checkpoint(ckpt, *layers, flags=flags), split=split, images=images
-    )
-
-
-def extract_checkpoint(
-    checkpoint: Checkpoint,
-    config: Config,
-    *,
-    split: str | None,
-    images: str | Path | None,
-    cache: Path | None = None,
-) -> Embeddings:
-    """As `extract`, of a checkpoint that is read and a configuration that is resolved.
-
-    The features of a split, not those of a folder, may come from `cache`, and are kept there.
-    """
-    if (split is None) == (images is None):
-        raise ConfigError("extract: give either a split (train, query, gallery) or images DIR")
-    if images is not None:
-        samples = folder_samples(Path(images))
-        return restore_embedder(checkpoint, config).embed(samples, str(images))
-    if split not in ("train", "query", "gallery"):
-        raise ConfigError(f"extract: {split!r} is no split; it is train, query or gallery")
-    dataset = DATASETS.build(config.dataset.name, **config.dataset.options)
-    return caching_embedder(checkpoint, config, cache).embed(getattr(dataset, split), split)
-
-
-def folder_samples(folder: Path) -> list[Sample]:
-    """Every image below a folder, sorted; pid and camid are not known and stand as -1."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise DataError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return [Sample(str(path), -1, -1) for path in paths]

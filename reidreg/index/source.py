@@ -12,8 +12,9 @@ import torch
 
 from reidreg.config.parsing import Layer, load_config
 from reidreg.config.sections import Config
+from reidreg.data.images import folder_samples
 from reidreg.errors import ConfigError, DataError
-from reidreg.evaluation.evaluate import extract_checkpoint, folder_samples
+from reidreg.evaluation.extract import extract_checkpoint
 from reidreg.index.gallery import GalleryIndex
 from reidreg.index.records import FeatureModel, Threshold
 from reidreg.model.checkpoint import Checkpoint, digest_of, load_checkpoint

@@ -119,6 +119,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
+def run_folder_of(ckpt: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to, judged by the file's location."""
+    ckpt = ckpt.expanduser()
+    return ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
+
+
 def remove_partial_files(folder: Path) -> None:
     """Delete what a killed run left half-written."""
     for partial in folder.glob(".*.partial"):

@@ -33,7 +33,7 @@ from torch import Tensor
 from reidreg.distributed.group import broadcast, world
 from reidreg.files import PRIVATE, replacing
 from reidreg.logs.console import logger
-from reidreg.model.checkpoint import digest_of
+from reidreg.model.checkpoint import digest_of, run_folder_of
 from reidreg.model.embedder import Embedder, embeddings_of
 from reidreg.values import Embeddings, Sample
 
@@ -139,6 +139,11 @@ class FeatureCache:
         except OSError as error:
             reason = error.strerror or error
             logger.info("features are not cached: cannot write to %s (%s)", self.folder, reason)
+
+
+def cache_folder_of(ckpt: Path) -> Path:
+    """The folder of a checkpoint's feature cache: in its run's folder, wherever the output goes."""
+    return run_folder_of(ckpt) / "feature_cache"
 
 
 def _nothing() -> Embeddings:

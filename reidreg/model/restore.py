@@ -1,4 +1,4 @@
-"""A checkpoint as a model that is ready to embed."""
+"""From a checkpoint to a model that is ready to extract features."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from reidreg.config.sections import Config
 from reidreg.errors import CheckpointError
 from reidreg.model.checkpoint import Checkpoint, load_checkpoint
 from reidreg.model.embedder import Embedder, make_embedder
+from reidreg.model.feature_cache import FeatureCache
 from reidreg.model.model import build_model
 
 
 def open_checkpoint(
     ckpt: str | Path, *layers: Layer, flags: Sequence[str] = ()
 ) -> tuple[Checkpoint, Config]:
-    """A checkpoint, and its configuration under the given layers and flags."""
+    """Load a checkpoint, and resolve its configuration with the layers and flags over it."""
     checkpoint = load_checkpoint(ckpt)
     return checkpoint, load_config(checkpoint.config, *layers, flags=flags)
 
 
 def restore_embedder(checkpoint: Checkpoint, config: Config) -> Embedder:
-    """The model of a checkpoint, ready to embed.
+    """The embedder of a checkpoint's model.
 
     Raises:
         CheckpointError: The weights do not fit the configured model.
@@ -41,11 +42,26 @@ def restore_embedder(checkpoint: Checkpoint, config: Config) -> Embedder:
     return make_embedder(model, checkpoint.labels, replace(config, input=input_config))
 
 
+def caching_embedder(
+    checkpoint: Checkpoint, config: Config, cache: Path | None
+) -> Embedder | FeatureCache:
+    """The embedder of a checkpoint's model, behind a feature cache if a folder for one is given.
+
+    Raises:
+        CheckpointError: The weights do not fit the configured model.
+    """
+    embedder = restore_embedder(checkpoint, config)
+    if cache is None:
+        return embedder
+    parts = {"backbone": config.backbone.as_dict(), "head": config.head.as_dict()}
+    return FeatureCache(embedder, parts, cache)
+
+
 def load_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Load a state dict that must fit exactly.
 
     Raises:
-        CheckpointError: It does not; the line shows the first keys with their shapes.
+        CheckpointError: It does not; the message shows the first keys with their shapes.
     """
     own = model.state_dict()
     wrong = [

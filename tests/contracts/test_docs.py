@@ -25,7 +25,7 @@ from reidreg import fit, load_config
 from reidreg.cli.main import COMMANDS
 from reidreg.config.sections import ORDER
 from reidreg.config.yamlfile import parse_yaml
-from reidreg.evaluation.evaluate import extract
+from reidreg.evaluation.extract import extract
 from reidreg.model.feature_files import save_features
 from reidreg_plugins.datasets.aihub_kaist import OFFICIAL
 

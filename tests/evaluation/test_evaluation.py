@@ -22,9 +22,7 @@ from reidreg import (
     load_config,
 )
 from reidreg.errors import CheckpointError, ConfigError, DataError
-from reidreg.evaluation.evaluate import (
-    evaluate_features,
-)
+from reidreg.evaluation.evaluate import evaluate_features
 from reidreg.model.checkpoint import save_checkpoint
 from reidreg.model.feature_files import save_features
 from reidreg.parts.interfaces import EVALUATORS

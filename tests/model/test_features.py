@@ -41,17 +41,12 @@ from reidreg import (
 from reidreg.cli.main import main
 from reidreg.config.sections import config_from_dict
 from reidreg.errors import ConfigError, DataError
-from reidreg.evaluation.evaluate import (
-    caching_embedder,
-    evaluate_checkpoint,
-    evaluate_features,
-    write_metrics,
-)
+from reidreg.evaluation.evaluate import evaluate_checkpoint, evaluate_features, write_metrics
 from reidreg.files import replacing
 from reidreg.model.checkpoint import save_checkpoint
 from reidreg.model.embedder import Embedder
 from reidreg.model.feature_cache import FeatureCache, describe_embedder, prune
-from reidreg.model.restore import open_checkpoint, restore_embedder
+from reidreg.model.restore import caching_embedder, open_checkpoint, restore_embedder
 from reidreg.parts.interfaces import EVALUATORS
 from reidreg.training.resuming import changes_between
 from reidreg.training.run import build_run
