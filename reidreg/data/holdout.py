@@ -1,8 +1,8 @@
 """Training identities held out for validation, so that no model is chosen on the test set.
 
-Whole people are held out, since a person whose images stand on both sides would be recognised and
-not re-identified. They are split into query and gallery as Market-1501's test people are: one image
-of each person and camera is looked for, among all others.
+Whole identities are held out: one with images on both sides would test classification, not
+re-identification. They are split into query and gallery as in Market-1501: one image of each
+identity and camera is a query, all others are the gallery.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from reidreg.errors import ConfigError, DataError
 from reidreg.parts.interfaces import Dataset
 from reidreg.values import Sample
 
-_FEWEST = 2  # people on either side, so that there is someone to be told apart from
+_FEWEST = 2  # identities on either side, so that there is a negative for each
 
 
 class HeldOut(Dataset):
-    """Held-out people as a data set of their own, without a train split.
+    """The held-out identities as a data set with an empty train split.
 
     Args:
-        query: The images to look for.
-        gallery: The images to look in.
+        query: The query images.
+        gallery: The gallery images.
     """
 
     def __init__(self, query: Sequence[Sample], gallery: Sequence[Sample]) -> None:
@@ -51,66 +51,66 @@ def hold_out(
 ) -> tuple[list[Sample], HeldOut]:
     """Take a share of the identities out of the training images.
 
-    Who is held out depends on the identities and the seed alone, and a smaller share holds out
-    some of those that a larger one does.
+    The choice depends on the identities and the seed alone, and a smaller share holds out a subset
+    of what a larger one does.
 
     Args:
         samples: Training images of known identities.
         config: The share, which is not 0, and the seed.
-        across_cameras: A match has to come from another camera.
+        across_cameras: Whether a match has to come from another camera.
 
     Returns:
-        The images that are left to train with, in order, and the people held out.
+        The images that are left for training, in order, and the held-out identities.
 
     Raises:
         ConfigError: The share leaves too few identities on one of the sides.
-        DataError: No held-out person can be looked for.
+        DataError: No held-out identity gives a query with a match.
     """
     pids = sorted({sample.pid for sample in samples})
     rng = np.random.default_rng(config.seed)
     shuffled = rng.permutation(np.asarray(pids, dtype=np.int64)).tolist()
     chosen = set(shuffled[: _count(config.identities, len(pids))])
     rest = [sample for sample in samples if sample.pid not in chosen]
-    held = [sample for sample in samples if sample.pid in chosen]
-    query, gallery = _query_and_gallery(held, rng, across_cameras)
+    held_out = [sample for sample in samples if sample.pid in chosen]
+    query, gallery = _query_and_gallery(held_out, rng, across_cameras)
     if not query:
-        seen = "was seen by two cameras" if across_cameras else "has two images"
+        condition = "was seen by two cameras" if across_cameras else "has two images"
         raise DataError(
-            f"validation.identities: none of the people held out {seen}, so nobody can be looked "
-            "for; hold out more, or others by validation.seed"
+            f"validation.identities: none of the held-out people {condition}, so there is no query "
+            "with a match; hold out more people, or others with another validation.seed"
         )
     return rest, HeldOut(query, gallery)
 
 
 def _count(share: float, identities: int) -> int:
-    """How many identities a share is.
+    """The number of identities that a share stands for.
 
     Raises:
-        ConfigError: Too few, or too few are left.
+        ConfigError: They are too few, or too few are left for training.
     """
     count = round(share * identities)
     if _FEWEST <= count <= identities - _FEWEST:
         return count
-    said = f"validation.identities: {share:g} of {identities} training identities is {count}"
+    found = f"validation.identities: {share:g} of {identities} training identities is {count}"
     if identities < 2 * _FEWEST:
-        raise ConfigError(f"{said}; too few to hold any out, use 0")
+        raise ConfigError(f"{found}; too few to hold any out, use 0")
     if count < _FEWEST:
         least = math.ceil(100 * _FEWEST / identities) / 100
-        raise ConfigError(f"{said}; at least {_FEWEST} are needed, which {least:g} gives")
+        raise ConfigError(f"{found}; at least {_FEWEST} are needed, use at least {least:g}")
     most = math.floor(100 * (identities - _FEWEST) / identities) / 100
-    raise ConfigError(f"{said}; training needs {_FEWEST}, use at most {most:g}")
+    raise ConfigError(f"{found}; training needs {_FEWEST}, use at most {most:g}")
 
 
 def _query_and_gallery(
     samples: Sequence[Sample], rng: np.random.Generator, across_cameras: bool
 ) -> tuple[list[Sample], list[Sample]]:
     """Split images so that every query has a match in the gallery."""
-    people: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    images: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, sample in enumerate(samples):
-        people[sample.pid][sample.camid].append(index)
+        images[sample.pid][sample.camid].append(index)
     query: set[int] = set()
-    for pid in sorted(people):
-        query.update(_queries_of(people[pid], rng, across_cameras))
+    for pid in sorted(images):
+        query.update(_queries_of(images[pid], rng, across_cameras))
     return (
         [sample for index, sample in enumerate(samples) if index in query],
         [sample for index, sample in enumerate(samples) if index not in query],
@@ -120,9 +120,9 @@ def _query_and_gallery(
 def _queries_of(
     cameras: dict[int, list[int]], rng: np.random.Generator, across_cameras: bool
 ) -> list[int]:
-    """One image of a person from each camera that has another one to leave in the gallery.
+    """One image of an identity from each camera that has another one to leave in the gallery.
 
-    A person who has a single image by every camera lends one of them.
+    Where every camera has a single image, one of these becomes the query.
     """
     if across_cameras and len(cameras) < 2:
         return []

@@ -1,8 +1,8 @@
-"""Image files to 8-bit RGB pixels, and to the one size that a model takes.
+"""Image files to 8-bit RGB pixels, and to the input size of a model.
 
-JPEGs are decoded by simplejpeg, which takes a third of Pillow's time and, unlike Pillow, tells what
-libjpeg only warns of: what a damaged file lacks would otherwise be grey in silence. Everything else
-is Pillow's to decode or to refuse. Both are built on libjpeg-turbo and give the same pixels.
+JPEGs are decoded by simplejpeg, which takes a third of Pillow's time and, unlike Pillow, raises for
+what libjpeg only warns of: the missing part of a damaged file would silently be grey. Pillow
+decodes or refuses everything else. Both are built on libjpeg-turbo and give the same pixels.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch.nn import functional
 from reidreg.errors import DataError
 from reidreg.values import Sample
 
-# Crops are small; what is larger is a mistake or a bomb.
+# Crops are small; a larger image is a mistake or a decompression bomb.
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-_MAX_BYTES = 2**24  # of files that are read whole; larger ones are Pillow's
+_MAX_BYTES = 2**24  # of files that are read whole; Pillow opens larger ones
 
 
 def folder_samples(folder: Path) -> list[Sample]:
@@ -45,7 +45,7 @@ def folder_samples(folder: Path) -> list[Sample]:
 
 
 def read_image(path: str) -> Image.Image:
-    """Decode an image file to an 8-bit RGB image of Pillow's.
+    """Decode an image file to an 8-bit RGB Pillow image.
 
     Raises:
         DataError: As `read_pixels`.
@@ -57,7 +57,7 @@ def read_pixels(path: str) -> Tensor:
     """Decode an image file.
 
     Returns:
-        (3, H, W) uint8 in RGB; the channels of a pixel lie side by side in memory.
+        (3, H, W) uint8 in RGB, a view of (H, W, 3) in memory.
 
     Raises:
         DataError: The file is missing, empty, truncated, not a JPEG, PNG, BMP or WebP, or larger
@@ -67,7 +67,7 @@ def read_pixels(path: str) -> Tensor:
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize by antialiased bilinear interpolation in integers, as Pillow does, to one grey level.
+    """Resize by antialiased bilinear interpolation in integers; within one level of Pillow's.
 
     Args:
         pixels: (3, H, W) uint8.
@@ -94,7 +94,7 @@ def load_images(paths: Sequence[str], size: tuple[int, int]) -> Tensor:
     Raises:
         DataError: One cannot be read.
     """
-    # All are read before any is decoded: a system call leaves a core slow for a while.
+    # All are read before any is decoded: a system call slows down what the core runs next.
     contents = [_read(path) for path in paths]
     return stack_resized(map(_decode, paths, contents), len(paths), size)
 
@@ -104,26 +104,26 @@ def stack_resized(images: Iterable[Tensor], count: int, size: tuple[int, int]) -
 
     Args:
         images: (3, H, W) uint8 each.
-        count: How many they are.
+        count: The number of images.
         size: Height and width.
 
     Returns:
         (count, H, W, 3) uint8.
     """
     stack = torch.empty(count, *size, 3, dtype=torch.uint8)
-    for place, image in zip(stack, images, strict=True):
-        place.copy_(resize(image, size).permute(1, 2, 0))
+    for row, image in zip(stack, images, strict=True):
+        row.copy_(resize(image, size).permute(1, 2, 0))
     return stack
 
 
 @contextlib.contextmanager
 def _named(path: str) -> Iterator[None]:
-    """Turn what goes wrong with a file into a DataError that names it."""
+    """Turn errors about a file into a DataError that names it."""
     try:
         yield
     except FileNotFoundError as error:
         raise DataError(f"{path}: the image is gone") from error
-    # Pillow raises these for damaged files, SyntaxError for some broken PNGs among them.
+    # Pillow raises these for damaged files; SyntaxError for some broken PNGs.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = text.splitlines()[0].replace(f" '{path}'", "")
@@ -131,7 +131,7 @@ def _named(path: str) -> Iterator[None]:
 
 
 def _read(path: str) -> bytes:
-    """A file's bytes; of one that is too large to be a crop's, none."""
+    """A file's bytes; none if it is too large for a crop."""
     with _named(path):
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
@@ -151,7 +151,7 @@ def _decode(path: str, content: bytes) -> Tensor:
 
 
 def _by_simplejpeg(content: bytes) -> Tensor | None:
-    """A JPEG's pixels, or None if it is one for Pillow to judge.
+    """A JPEG's pixels, or None if Pillow has to decode or refuse it.
 
     Raises:
         ValueError: The coded pixels end before the image does; the rest would be grey.
@@ -169,13 +169,13 @@ def _by_simplejpeg(content: bytes) -> Tensor | None:
 
 def _by_pillow(path: str) -> Tensor:
     with warnings.catch_warnings():
-        # Pillow warns of what we refuse, and of palettes that it converts all the same.
+        # Pillow warns of what is refused below, and of palettes that it converts anyway.
         warnings.simplefilter("ignore")
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path}: {image.width} x {image.height} pixels are no crop")
+                raise DataError(f"{path}: {image.width} x {image.height} pixels are too many")
             if image.mode.startswith("I;16"):
-                # convert() would clip 16 bits to white.
+                # convert() would clip 16-bit values to white.
                 grey = (np.asarray(image) >> 8).astype(np.uint8)
                 return torch.from_numpy(grey).expand(3, -1, -1)
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

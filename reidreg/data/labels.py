@@ -15,20 +15,20 @@ class Labels:
     """Class labels and camera indices: an id's position among the sorted ids.
 
     Args:
-        pids: The training identities; their positions are the labels.
-        camids: The training cameras; their positions are the indices.
+        pids: The training identities, sorted; an identity's position is its label.
+        camids: The training cameras, sorted; a camera's position is its index.
     """
 
     pids: tuple[int, ...]
     camids: tuple[int, ...]
 
     def pid_labels(self, samples: Sequence[Sample]) -> list[int]:
-        """The label of each sample's identity."""
+        """The label of each sample."""
         label = {pid: position for position, pid in enumerate(self.pids)}
         return [label[sample.pid] for sample in samples]
 
     def camera_indices(self, samples: Sequence[Sample]) -> list[int]:
-        """The index of each sample's camera, -1 for one that training did not see."""
+        """The camera index of each sample, -1 for a camera that training did not see."""
         index = {camid: position for position, camid in enumerate(self.camids)}
         return [index.get(sample.camid, -1) for sample in samples]
 
@@ -37,7 +37,7 @@ def training_samples(dataset: Dataset) -> list[Sample]:
     """The training images of known identities: junk (pid -1) is left out.
 
     Raises:
-        DataError: There are none, or of fewer than two identities.
+        DataError: They are of fewer than two identities.
     """
     samples = [sample for sample in dataset.train if sample.pid >= 0]
     identities = {sample.pid for sample in samples}
@@ -50,7 +50,7 @@ def training_samples(dataset: Dataset) -> list[Sample]:
 
 
 def labels_of(samples: Sequence[Sample]) -> Labels:
-    """The numbering that training with these samples uses."""
+    """The labels for training with these samples."""
     return Labels(
         pids=tuple(sorted({sample.pid for sample in samples})),
         camids=tuple(sorted({sample.camid for sample in samples})),

@@ -1,4 +1,4 @@
-"""Batches of a sampler that knows nothing of other processes, cut into their shares."""
+"""Sharing the batches of a sampler among ranks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from reidreg.parts.interfaces import SAMPLERS, Sampler
 
 
 class SharedSampler(Sampler):
-    """A process's contiguous share of every batch of a sampler.
+    """This rank's contiguous share of every batch of a sampler.
 
     Args:
-        sampler: What makes up the batches, the same in every process.
-        world: The processes.
+        sampler: The sampler of the global batches, the same on every rank.
+        world: This rank and the world size.
     """
 
     def __init__(self, sampler: Sampler, world: World) -> None:
@@ -33,8 +33,8 @@ class SharedSampler(Sampler):
             if len(batch) % self.world.size:
                 raise DataError(
                     f"sampler: a batch of {len(batch)} images cannot be shared evenly by "
-                    f"{self.world.size} processes; choose a --sampler.batch_size that can, of at "
-                    "most as many images as the train split has"
+                    f"{self.world.size} processes; choose a --sampler.batch_size that is a "
+                    "multiple of them and not larger than the train split"
                 )
             yield batch[self.world.share(len(batch))]
 
@@ -50,18 +50,19 @@ class SharedSampler(Sampler):
 
 
 def build_sampler(name: str, options: Mapping[str, Any], world: World, **facts: Any) -> Sampler:
-    """A sampler of this process's share of each batch.
+    """Build a sampler that gives this rank's share of each batch.
 
-    One that takes `rank` and `world_size` shares its batches itself; those of any other are cut.
+    A sampler that takes `rank` and `world_size` shares its batches itself; any other is wrapped in
+    a `SharedSampler`.
 
     Args:
         name: Its registered name.
-        options: Its options; `batch_size` is that of all processes together.
-        world: The processes.
-        facts: Of the train split: pids, camids, seed.
+        options: Its options; `batch_size` is that of all ranks together.
+        world: This rank and the world size.
+        facts: Further arguments: pids and camids of the train split, seed.
 
     Raises:
-        ConfigError: The batch size is no multiple of the number of processes.
+        ConfigError: The batch size is not a multiple of the world size.
     """
     size = options.get("batch_size")
     if isinstance(size, int) and size % world.size:

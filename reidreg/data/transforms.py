@@ -1,8 +1,8 @@
 """Pixels to a model's input, a batch at a time: the recipe of reid-strong-baseline (BoT).
 
 Training: flip, pad and crop, normalise, erase. Evaluation: normalise. Images come decoded and
-resized; the chances are drawn on the host, for a whole batch and independent of the device, and
-applied where the images are.
+resized. Random parameters are drawn on the host for a whole batch, whatever the device, and
+applied on the device of the images.
 Source: Luo et al., Bag of Tricks and a Strong Baseline for Deep Person Re-identification, 2019;
 random erasing after Zhong et al., 2020, with the bounds that BoT uses.
 """
@@ -22,36 +22,36 @@ from reidreg.parts.interfaces import IMAGENET_MEAN
 
 Triple = tuple[float, float, float]
 # (B, 7) int64, a row for each image: flipped or not; top and left of the crop in the padded image;
-# top, left, height and width of the erased box, whose height is 0 where there is none.
+# top, left, height and width of the erased box, with height 0 for no box.
 Views = NDArray[np.int64]
 
 _ERASING_TRIES = 100
 
 
 def draw_views(config: InputConfig, count: int, key: Sequence[int]) -> Views:
-    """Draw how to look at the images of a batch.
+    """Draw the random views of a batch.
 
     Args:
         config: Size and probabilities.
         count: Images in the batch.
-        key: What the views depend on, as seed, epoch and the batch's position; whole numbers.
+        key: The seed of the draw, such as seed, epoch and position of the batch; whole numbers.
     """
-    draw = np.random.default_rng(np.random.SeedSequence(key))
+    rng = np.random.default_rng(np.random.SeedSequence(key))
     views = np.zeros((count, 7), dtype=np.int64)
-    views[:, 0] = draw.random(count) < config.flip_prob
-    # Of the padded image, so that all of the crop's places are equally likely.
-    views[:, 1:3] = draw.integers(0, 2 * config.padding + 1, (count, 2))
-    erased = np.flatnonzero(draw.random(count) < config.erasing_prob)
-    views[erased, 3:] = draw_boxes(len(erased), config.size, draw)
+    views[:, 0] = rng.random(count) < config.flip_prob
+    # In the padded image all positions of the crop are equally likely.
+    views[:, 1:3] = rng.integers(0, 2 * config.padding + 1, (count, 2))
+    erased = np.flatnonzero(rng.random(count) < config.erasing_prob)
+    views[erased, 3:] = draw_boxes(len(erased), config.size, rng)
     return views
 
 
-def draw_boxes(count: int, size: tuple[int, int], draw: np.random.Generator) -> Views:
+def draw_boxes(count: int, size: tuple[int, int], rng: np.random.Generator) -> Views:
     """Draw boxes to erase: top, left, height and width, (count, 4).
 
     A box's area is uniform in (0.02, 0.4) of the image and its aspect ratio, height to width,
-    uniform in (0.3, 3.33); torchvision's own draws the logarithm of the ratio instead. A box as
-    large as the image in either direction is drawn again, at most 100 times, and is then none.
+    uniform in (0.3, 3.33); torchvision draws the logarithm of the ratio instead. A box as high or
+    as wide as the image is drawn again, at most 100 times; after that there is no box.
     """
     height, width = size
     boxes = np.zeros((count, 4), dtype=np.int64)
@@ -59,20 +59,20 @@ def draw_boxes(count: int, size: tuple[int, int], draw: np.random.Generator) -> 
     for _ in range(_ERASING_TRIES):
         if not len(pending):
             break
-        area = draw.uniform(0.02, 0.4, len(pending)) * height * width
-        ratio = draw.uniform(0.3, 3.33, len(pending))
+        area = rng.uniform(0.02, 0.4, len(pending)) * height * width
+        ratio = rng.uniform(0.3, 3.33, len(pending))
         h = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         w = np.rint(np.sqrt(area / ratio)).astype(np.int64)
         fits = (h < height) & (w < width)
         h, w = h[fits], w[fits]
-        top, left = draw.integers(0, height - h + 1), draw.integers(0, width - w + 1)
+        top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
         boxes[pending[fits]] = np.stack([top, left, h, w], axis=1)
         pending = pending[~fits]
     return boxes
 
 
 class Normalisation:
-    """8-bit pixels to what a network was trained on: scaled to 0..1, less the mean, by the std.
+    """8-bit pixels to a network's input: scaled to 0..1, less the mean, divided by the std.
 
     Args:
         mean: Of the channels.
@@ -87,9 +87,9 @@ class Normalisation:
         self._tables: dict[tuple[torch.device, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def tables(self, device: torch.device, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, shift and erasing's fill, each (3 * width,) float32: for a row of RGB pixels.
+        """Scale, shift and fill of erased boxes for a row of RGB pixels, each (3 * width,) float32.
 
-        They are kept, since bringing them to a CUDA device would make the host wait for it.
+        They are kept: copying them to a CUDA device in each step would make the host wait.
         """
         key = (device, width)
         if key not in self._tables:
@@ -112,7 +112,7 @@ class Normalisation:
         rows = _rows(images)
         scale, shift, _ = self.tables(images.device, images.shape[-1])
         normalised = torch.empty(rows.shape, device=rows.device)
-        # On a CPU an image at a time: it stays in the core's cache between the three passes.
+        # On a CPU one image at a time: it stays in the cache between the three operations.
         pairs = zip(rows, normalised, strict=True) if _on_cpu(rows) else [(rows, normalised)]
         for source, target in pairs:
             target.copy_(source).mul_(scale).add_(shift)
@@ -124,7 +124,7 @@ class Augmentation:
 
     Args:
         config: Size and probabilities.
-        normalisation: What comes after flip and crop, and before erasing.
+        normalisation: Applied after flip and crop, and before erasing.
     """
 
     def __init__(self, config: InputConfig, normalisation: Normalisation) -> None:
@@ -133,19 +133,19 @@ class Augmentation:
         self._pool = BufferPool()
 
     def draw(self, count: int, key: Sequence[int]) -> Views:
-        """As `draw_views`, with this one's size and probabilities."""
+        """As `draw_views`, with this size and these probabilities."""
         return draw_views(self.config, count, key)
 
     def __call__(self, images: Tensor, views: Views) -> Tensor:
         """Flip, pad with black and crop, normalise, erase.
 
-        The fill of erased boxes is the ImageNet mean in the normalised image, a light grey, as the
-        published results have it.
+        Erased boxes are filled with the ImageNet mean in the normalised image, a light grey, as in
+        the published results.
 
         Args:
             images: (B, 3, H, W) uint8 of the configured size, on any device; fastest in
                 channels_last.
-            views: How to look at them, (B, 7), as `draw` gives them.
+            views: (B, 7), as `draw` returns them.
 
         Returns:
             (B, 3, H, W) float32 in channels_last, on the images' device.
@@ -154,27 +154,27 @@ class Augmentation:
         return apply(images, views)
 
     def apply_one_by_one(self, images: Tensor, views: Views) -> Tensor:
-        """Copies of rectangles, image by image: what a CPU does fastest."""
+        """By copies of rectangles, image by image: fastest on a CPU."""
         rows = _rows(images)
         width = images.shape[-1]
         scale, shift, fill = self.normalisation.tables(images.device, width)
         augmented = self._pool.empty(*rows.shape)
         view = torch.empty(rows.shape[1:], dtype=torch.uint8)
-        places = view.numpy().reshape(-1, width, 3)
+        pixels = view.numpy().reshape(-1, width, 3)
         for source, target, (flipped, top, left, *box) in zip(
             _images(rows), augmented, views.tolist(), strict=True
         ):
-            # torch has a fast flip of images, and a slow one of rows of pixels.
+            # torch flips images faster than rows of pixels.
             image = (source[None].flip(-1)[0] if flipped else source).permute(1, 2, 0)
             offset = (top - self.config.padding, left - self.config.padding)
-            _shift_into(places, image.numpy(), *offset)
+            _shift_into(pixels, image.numpy(), *offset)
             target.copy_(view).mul_(scale).add_(shift)
             y, x, h, w = box
             target[y : y + h, 3 * x : 3 * (x + w)] = fill[: 3 * w]
         return _images(augmented)
 
     def apply_together(self, images: Tensor, views: Views) -> Tensor:
-        """All at once by index, for devices where an operation costs more to begin than to do.
+        """By index, the whole batch at once: for devices on which launching a kernel is the cost.
 
         The host never waits for the device.
         """
@@ -218,7 +218,7 @@ def _on_cpu(tensor: Tensor) -> bool:
 def _shift_into(
     target: NDArray[np.uint8], source: NDArray[np.uint8], down: int, across: int
 ) -> None:
-    """Fill (H, W, 3) with what an image as large shows from (down, across) on, black outside."""
+    """Copy an image (H, W, 3) into one of its size, from (down, across) on, black outside."""
     height, width, _ = target.shape
     rows, columns = _overlap(height, down), _overlap(width, across)
     if len(rows) < height or len(columns) < width:
@@ -230,13 +230,13 @@ def _shift_into(
 
 
 def _overlap(length: int, offset: int) -> range:
-    """The places p of 0..length-1 with p + offset among 0..length-1 too."""
+    """The positions p in 0..length-1 for which p + offset is in it too."""
     return range(max(0, -offset), min(length, length - offset))
 
 
-def _within(places: Tensor, length: int) -> Tensor:
-    return (places >= 0) & (places < length)
+def _within(positions: Tensor, length: int) -> Tensor:
+    return (positions >= 0) & (positions < length)
 
 
-def _between(places: Tensor, start: Tensor, length: Tensor) -> Tensor:
-    return (places >= start) & (places < start + length)
+def _between(positions: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    return (positions >= start) & (positions < start + length)

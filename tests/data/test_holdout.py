@@ -1,4 +1,4 @@
-"""Held-out training identities: who they are, and that the test set waits for the end."""
+"""Held-out identities: the choice of them, and that the test set is evaluated once, at the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Counts = dict[int, dict[int, int]]
 
 
 def images(counts: Counts) -> list[Sample]:
-    """So many images of each person by each camera."""
+    """The given number of images of each person by each camera."""
     return [
         Sample(f"{pid}_{camid}_{n}.jpg", pid, camid)
         for pid, cameras in counts.items()
@@ -53,11 +53,11 @@ def pids(samples: Any) -> set[int]:
     return {sample.pid for sample in samples}
 
 
-# --------------------------------------------------------------------- who is held out
+# --------------------------------------------------------------------- the choice
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
-def test_a_share_of_the_identities_leaves_training_whole(share: float) -> None:
+def test_a_share_of_whole_identities_leaves_the_train_split(share: float) -> None:
     samples = people(40)
     rest, held = hold(samples, share)
     out = [*held.query, *held.gallery]
@@ -68,7 +68,7 @@ def test_a_share_of_the_identities_leaves_training_whole(share: float) -> None:
     assert not held.train
 
 
-def test_the_seed_and_the_identities_alone_decide_who() -> None:
+def test_the_choice_depends_on_the_seed_and_the_identities_alone() -> None:
     samples = people(40)
     out = [pids(hold(samples, 0.25, seed)[1].gallery) for seed in (0, 0, 1)]
     assert out[0] == out[1] != out[2]
@@ -95,8 +95,8 @@ def test_each_person_and_camera_gives_one_query() -> None:
 
 
 ODD: dict[str, tuple[Counts, bool, dict[int, int]]] = {
-    "one camera is no query": ({1: {1: 9}, 2: {1: 2, 2: 2}}, True, {2: 2}),
-    "one camera is one where its matches count": (
+    "one camera gives no query": ({1: {1: 9}, 2: {1: 2, 2: 2}}, True, {2: 2}),
+    "one camera gives one if its own matches count": (
         {1: {1: 9}, 2: {1: 2, 2: 2}},
         False,
         {1: 1, 2: 2},
@@ -106,14 +106,18 @@ ODD: dict[str, tuple[Counts, bool, dict[int, int]]] = {
         True,
         {1: 1, 2: 2},
     ),
-    "single images lend one": ({1: {1: 1, 2: 1, 3: 1}, 2: {1: 1, 2: 1}}, True, {1: 1, 2: 1}),
+    "of single images one is a query": (
+        {1: {1: 1, 2: 1, 3: 1}, 2: {1: 1, 2: 1}},
+        True,
+        {1: 1, 2: 1},
+    ),
     "a single image is a distractor": ({1: {1: 1}, 2: {1: 2, 2: 1}}, False, {2: 1}),
 }
 
 
 @pytest.mark.parametrize(("counts", "across", "queries"), ODD.values(), ids=ODD)
 def test_every_query_has_a_match(counts: Counts, across: bool, queries: dict[int, int]) -> None:
-    # As many again under other ids, so that both of the odd ones are held out in some draw.
+    # As many regular ones, so that both of the odd ones are held out in some draw.
     samples = images({**counts, 8: {1: 2, 2: 2}, 9: {1: 2, 2: 2}})
     seen = set()
     for seed in range(20):
@@ -131,8 +135,8 @@ def test_every_query_has_a_match(counts: Counts, across: bool, queries: dict[int
 @pytest.mark.parametrize(
     ("identities", "share", "said"),
     [
-        (24, 0.01, "0.01 of 24 training identities is 0; at least 2 are needed, which 0.09 gives"),
-        (24, 0.06, "0.06 of 24 training identities is 1; at least 2 are needed, which 0.09 gives"),
+        (24, 0.01, "0.01 of 24 training identities is 0; at least 2 are needed, use at least 0.09"),
+        (24, 0.06, "0.06 of 24 training identities is 1; at least 2 are needed, use at least 0.09"),
         (24, 0.97, "0.97 of 24 training identities is 23; training needs 2, use at most 0.91"),
         (3, 0.5, "0.5 of 3 training identities is 2; too few to hold any out, use 0"),
     ],
@@ -141,8 +145,8 @@ def test_too_few_on_one_side_is_one_line(identities: int, share: float, said: st
     with pytest.raises(ConfigError) as raised:
         hold(people(identities), share)
     assert str(raised.value) == f"validation.identities: {said}"
-    if "use 0" not in said:  # what it proposes works
-        hold(people(identities), float(said.rsplit(" ", 1)[1] if "most" in said else 0.09))
+    if "too few to hold any out" not in said:  # the proposed share works
+        hold(people(identities), float(said.rsplit(" ", 1)[1]))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 1.5])
@@ -164,7 +168,7 @@ def lines_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def met_the_test_set(folder: Path) -> list[dict[str, float]]:
+def lines_on_the_test_set(folder: Path) -> list[dict[str, float]]:
     return [line for line in lines_of(folder) if "test/mAP" in line]
 
 
@@ -181,7 +185,7 @@ def test_the_test_set_is_evaluated_once_by_the_best_model(finished: Path) -> Non
     last = load_checkpoint(finished / "checkpoints/last.ckpt")
     figures = json.loads((finished / "metrics.json").read_text())
     validated = [line for line in lines_of(finished) if "val/mAP" in line]
-    (tested,) = met_the_test_set(finished)
+    (tested,) = lines_on_the_test_set(finished)
     assert [line["epoch"] for line in validated] == [1, 2]
     assert tested == lines_of(finished)[-1] and tested["epoch"] == 2
     assert tested.keys() >= {"test/mINP", "test/rank1", "test/rank5", "test/rank10"}
@@ -197,7 +201,7 @@ def test_the_test_set_is_evaluated_once_by_the_best_model(finished: Path) -> Non
     assert "test of the best model after epoch" in (finished / "train.log").read_text()
 
 
-def test_held_out_people_are_no_labels(finished: Path, aihub_root: Path) -> None:
+def test_held_out_people_have_no_labels(finished: Path, aihub_root: Path) -> None:
     labels = load_checkpoint(finished / "checkpoints/last.ckpt").labels
     options = load_config("aihub_kaist", {"dataset.root": str(aihub_root)}).dataset.options
     everyone = pids(DATASETS.build("aihub_kaist", **options).train)
@@ -208,7 +212,7 @@ def test_held_out_people_are_no_labels(finished: Path, aihub_root: Path) -> None
 
 
 @pytest.mark.parametrize("logged", [False, True], ids=["before", "in"])
-def test_a_run_that_stopped_at_the_test_set_makes_up_for_it(
+def test_a_run_that_stopped_at_the_test_set_evaluates_it_when_resumed(
     logged: bool, finished: Path, aihub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(aihub_root, tmp_path / "run")
@@ -216,7 +220,7 @@ def test_a_run_that_stopped_at_the_test_set_makes_up_for_it(
     real = loop.evaluate_best
 
     def stop(*arguments: Any) -> None:
-        if logged:  # but no checkpoint knows of it
+        if logged:  # but no checkpoint was saved after it
             real(*arguments)
         raise KeyboardInterrupt
 
@@ -224,7 +228,7 @@ def test_a_run_that_stopped_at_the_test_set_makes_up_for_it(
         patch.setattr(loop, "evaluate_best", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(config)
-    assert len(met_the_test_set(tmp_path / "run")) == logged
+    assert len(lines_on_the_test_set(tmp_path / "run")) == logged
     figures = fit(config, resume="auto")
     one, other = (
         load_checkpoint(folder / "checkpoints/last.ckpt") for folder in (finished, tmp_path / "run")
@@ -233,20 +237,20 @@ def test_a_run_that_stopped_at_the_test_set_makes_up_for_it(
     assert one.training is not None and other.training is not None
     assert one.training["progress"] == other.training["progress"]
     assert all((one.model[key] == other.model[key]).all() for key in one.model)
-    assert met_the_test_set(finished) == met_the_test_set(tmp_path / "run")
+    assert lines_on_the_test_set(finished) == lines_on_the_test_set(tmp_path / "run")
 
 
-def test_a_finished_run_goes_on_and_meets_the_test_set_again(
+def test_a_finished_run_that_is_extended_evaluates_the_test_set_again(
     finished: Path, aihub_root: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     longer = configure(aihub_root, folder, train__epochs=3)
     for _ in range(2):  # the second time nothing is left to do
         assert fit(longer, resume="auto")["evaluated"] == "test"
-    assert [line["epoch"] for line in met_the_test_set(folder)] == [2, 3]
+    assert [line["epoch"] for line in lines_on_the_test_set(folder)] == [2, 3]
 
 
-def test_the_last_model_stands_in_where_the_best_is_not(
+def test_the_last_model_is_tested_where_there_is_no_best_one(
     finished: Path, aihub_root: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
@@ -268,10 +272,10 @@ def test_other_people_held_out_cannot_be_resumed(
         fit(config, resume=str(finished / "checkpoints/last.ckpt"))
 
 
-def test_people_that_cannot_be_looked_for_are_said_before_training(
+def test_held_out_people_without_a_query_are_an_error_before_training(
     tmp_path: Path, aihub_root: Path
 ) -> None:
-    # Training images by one camera: the people held out could not be looked for.
+    # Training images by one camera: the held-out people would give no query.
     folder, source = tmp_path / "data/aihub_kaist", aihub_root / "aihub_kaist"
     (folder / "bounding_box_train_1").mkdir(parents=True)
     for split in ("query", "bounding_box_test"):
@@ -282,12 +286,12 @@ def test_people_that_cannot_be_looked_for_are_said_before_training(
     with pytest.raises(DataError) as raised:
         fit(config)
     assert str(raised.value) == (
-        "validation.identities: none of the people held out was seen by two cameras, so nobody "
-        "can be looked for; hold out more, or others by validation.seed"
+        "validation.identities: none of the held-out people was seen by two cameras, so there is "
+        "no query with a match; hold out more people, or others with another validation.seed"
     )
 
 
-def test_a_checkpoint_from_before_the_section_still_reads(finished: Path) -> None:
+def test_a_checkpoint_from_before_the_section_can_be_read(finished: Path) -> None:
     last = load_checkpoint(finished / "checkpoints/last.ckpt")
     del last.config["validation"]
     assert last.resolved_config().validation == ValidationConfig()

@@ -1,4 +1,4 @@
-"""Image files to pixels: every format, its failures, and that nothing is grey in silence."""
+"""Image files to pixels: every format, its errors, and that no damage silently becomes grey."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from reidreg import DataError
-from reidreg.data import images as module
 from reidreg.data.images import load_images, read_image, read_pixels, resize
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 12, 3), dtype=np.uint8)
@@ -101,7 +100,7 @@ def test_a_palette_gives_its_colours_with_transparency_too(tmp_path: Path) -> No
     ],
     ids=["empty", "head", "half", "no-end", "html", "half-png", "gif", "tiff", "zeros"],
 )
-def test_what_cannot_be_decoded_is_an_error_that_names_the_file(
+def test_a_file_that_cannot_be_decoded_is_an_error_that_names_it(
     content: bytes, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match="cannot be decoded") as caught:
@@ -147,7 +146,7 @@ def test_random_damage_is_an_image_or_a_data_error_and_nothing_else(
 
 
 def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A picture that JPEG keeps well: a few coarse blobs."""
+    """An image that JPEG changes little: a few coarse blobs."""
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -170,26 +169,27 @@ JPEG_KINDS = {
 
 @pytest.mark.parametrize("kind", JPEG_KINDS)
 @pytest.mark.parametrize("size", [(128, 64), (37, 21), (8, 8), (1, 1)])
-def test_usual_jpegs_take_the_fast_way_and_are_pillows_pixels(
+def test_usual_jpegs_do_not_need_pillow_and_have_its_pixels(
     kind: str, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mode, options = JPEG_KINDS[kind]
     content = encoded(smooth(*size).convert(mode), "JPEG", **options)
-    monkeypatch.setattr(module, "_by_pillow", None)
     (tmp_path / "image.png").write_bytes(content)
-    pixels = read_pixels(str(tmp_path / "image.png"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", None)  # Pillow is not used
+        pixels = read_pixels(str(tmp_path / "image.png"))
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, *size)
     assert np.abs(pixels.permute(1, 2, 0).numpy() - by_pillow(content)).max() <= 1
 
 
-def test_odd_jpegs_are_pillows_pixels_too(tmp_path: Path) -> None:
+def test_unusual_jpegs_have_pillows_pixels_too(tmp_path: Path) -> None:
     cmyk = encoded(smooth(32, 16).convert("CMYK"), "JPEG")
     assert np.array_equal(np.asarray(decode(cmyk, tmp_path)), by_pillow(cmyk))
     trailing = encoded(smooth(32, 16), "JPEG") + b"written by a camera"
     assert np.array_equal(np.asarray(decode(trailing, tmp_path)), by_pillow(trailing))
 
 
-def test_the_orientation_that_exif_tells_is_not_applied(tmp_path: Path) -> None:
+def test_the_orientation_in_exif_is_not_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     content = encoded(smooth(32, 16), "JPEG", exif=exif)
@@ -199,7 +199,7 @@ def test_the_orientation_that_exif_tells_is_not_applied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_cut_anywhere_is_an_error_and_never_grey(progressive: bool, tmp_path: Path) -> None:
     thumbnail = encoded(smooth(16, 8, seed=1), "JPEG")
-    exif = b"Exif\0\0" + thumbnail  # with an end marker of its own
+    exif = b"Exif\0\0" + thumbnail  # which has an end marker too
     whole = encoded(smooth(64, 32), "JPEG", progressive=progressive, exif=exif)
     assert whole.count(b"\xff\xd9") >= 2
     inner = whole.index(b"\xff\xd9") + 2
@@ -221,7 +221,7 @@ def test_a_jpeg_whose_pixels_end_early_is_an_error_and_never_grey(
             found = np.asarray(decode(whole[:cut] + b"\xff\xd9", tmp_path))
         except DataError as error:
             assert "cannot be decoded" in str(error) and "\n" not in str(error)
-        else:  # whole scans that are lacking make a progressive one less sharp, and not grey
+        else:  # without its last scans a progressive one is less sharp, but not grey
             assert progressive and all(strip.std() > 10 for strip in np.split(found, 4))
 
 
@@ -234,7 +234,7 @@ def test_a_jpeg_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 7])
-def test_a_segment_that_lies_about_its_length_hangs_nothing(length: int, tmp_path: Path) -> None:
+def test_a_segment_with_a_wrong_length_does_not_hang(length: int, tmp_path: Path) -> None:
     content = bytearray(JPEG)
     content[4:6] = length.to_bytes(2, "big")
     try:
@@ -250,7 +250,7 @@ def test_a_segment_that_lies_about_its_length_hangs_nothing(length: int, tmp_pat
     ("source", "target"),
     [((128, 64), (256, 128)), ((300, 140), (256, 128)), ((91, 45), (64, 32)), ((5, 900), (40, 20))],
 )
-def test_resizing_is_pillows_to_one_grey_level(
+def test_resizing_is_within_one_level_of_pillows(
     source: tuple[int, int], target: tuple[int, int]
 ) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*source, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Images and labels to batches: decoding, its failures, and loading from any step on."""
+"""Labels and loaders: batches from any step on, on any rank, and errors while loading."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Listed(Dataset):
         return []
 
 
-def test_labels_are_ranks_among_the_sorted_ids() -> None:
+def test_labels_are_positions_among_the_sorted_ids() -> None:
     samples = [Sample("a", 40, 16), Sample("b", 0, 2), Sample("c", 7, 16), Sample("d", 40, 3)]
     labels = labels_of(samples)
     assert labels == Labels(pids=(0, 7, 40), camids=(2, 3, 16))
@@ -77,7 +77,7 @@ def test_statistics_count_the_images_of_junk_but_no_identity() -> None:
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
-    """Twelve images of four people; all of an image's pixels are ten times its number."""
+    """Twelve images of four people; the pixels of image n are 10 n."""
     folder = tmp_path_factory.mktemp("images")
     found = []
     for number in range(12):
@@ -137,7 +137,7 @@ def test_a_batch_has_the_labels_and_cameras_of_its_images(samples: list[Sample])
         assert torch.equal(batch.pids, numbers % 4) and torch.equal(batch.camids, numbers % 3)
 
 
-def test_an_epoch_begun_in_its_middle_goes_on_as_the_whole_one(samples: list[Sample]) -> None:
+def test_an_epoch_started_in_its_middle_gives_the_same_batches(samples: list[Sample]) -> None:
     whole = list(loader_of(samples).epoch(3))
     assert len(whole) == 4
     for start in range(len(whole) + 1):
@@ -158,7 +158,9 @@ def test_batches_are_the_same_however_images_are_loaded(
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
-def test_ranks_see_the_views_of_one_process(cache: CacheSetting, samples: list[Sample]) -> None:
+def test_ranks_together_have_the_views_of_one_process(
+    cache: CacheSetting, samples: list[Sample]
+) -> None:
     whole = list(loader_of(samples).epoch(2))
     ranks = [
         list(loader_of(samples, cache=cache, rank=rank, world_size=2).epoch(2)) for rank in (0, 1)
@@ -253,7 +255,7 @@ def test_no_loading_process_outlives_a_failure(
     damaged = [Sample(str(broken), sample.pid, 1) for sample in samples]
     gc.collect()
     before, failed = set(multiprocessing.active_children()), False
-    gc.disable()  # the processes must not wait for it
+    gc.disable()  # the processes must end without it
     try:
         if training:
             list(loader_of(damaged, workers=2).epoch(0))

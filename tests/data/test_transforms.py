@@ -1,4 +1,4 @@
-"""Random views: how often, how large, where, the same again, and the same on any path."""
+"""Random views: their distributions, and that device, order and code path change nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEY = (0, 0, 0)
 
 
 def plain(**options: object) -> InputConfig:
-    """Nothing random but what is asked for."""
+    """Nothing random except the given options."""
     values: dict[str, object] = {
         "size": (64, 32),
         "flip_prob": 0.0,
@@ -48,7 +48,7 @@ def pixels(view: Tensor) -> Tensor:
     return ((view * std + mean) * 255).round()
 
 
-def places(count: int = 1, height: int = 64, width: int = 32) -> Tensor:
+def coordinates(count: int = 1, height: int = 64, width: int = 32) -> Tensor:
     """Images whose red is 100 + the row, and whose green is 100 + the column."""
     rows, columns = np.mgrid[:height, :width]
     image = np.dstack([100 + rows, 100 + columns, rows * 0]).astype(np.uint8)
@@ -61,12 +61,12 @@ def noise(count: int, height: int, width: int) -> Tensor:
 
 
 def boxes(draws: int, seed: int = 0, size: tuple[int, int] = (256, 128)) -> Views:
-    """Top, left, height and width of boxes that are to be erased."""
+    """Top, left, height and width of boxes to erase."""
     return draw_boxes(draws, size, np.random.default_rng(seed))
 
 
 def reference_boxes(draws: int, ratio: Callable[[np.random.Generator], float]) -> Floats:
-    """Heights and widths as the baseline draws them, with a ratio of one's own."""
+    """Heights and widths as reid-strong-baseline draws them, with another draw of the ratio."""
     rng = np.random.default_rng(0)
     sizes: list[tuple[int, int]] = []
     while len(sizes) < draws:
@@ -78,7 +78,7 @@ def reference_boxes(draws: int, ratio: Callable[[np.random.Generator], float]) -
 
 
 def distance(one: Floats, other: Floats) -> float:
-    """Kolmogorov and Smirnov's: the largest gap between two distribution functions."""
+    """The Kolmogorov-Smirnov statistic: the largest gap between two distribution functions."""
     grid = np.sort(np.concatenate([one, other]))
     gaps = [np.searchsorted(np.sort(x), grid, side="right") / len(x) for x in (one, other)]
     return float(np.abs(gaps[0] - gaps[1]).max())
@@ -113,7 +113,7 @@ def test_boxes_have_the_areas_and_the_uniform_ratios_of_the_baseline() -> None:
 
 def test_boxes_lie_anywhere_and_may_touch_the_edges() -> None:
     top, left, height, width = boxes(20_000, seed=1).T
-    # The share of the free room above and left of a box is uniform.
+    # The share of the free space above a box and left of it is uniform.
     down, across = top / (256 - height), left / (128 - width)
     for shares in (down, across):
         assert shares.min() == 0 and shares.max() == 1
@@ -149,13 +149,13 @@ def test_the_fill_is_the_mean_in_the_normalised_image_and_comes_last() -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 0.5, 0.8, 1.0])
 def test_flips_happen_as_often_as_asked(probability: float) -> None:
-    drawn = pixels(views_of(plain(flip_prob=probability), places(4000)))
+    drawn = pixels(views_of(plain(flip_prob=probability), coordinates(4000)))
     flipped = (drawn[:, 1, 0, 0] > 115).float().mean().item()
     assert flipped == pytest.approx(probability, abs=0.032 if 0 < probability < 1 else 0)
 
 
 def test_a_flip_mirrors_left_and_right_only() -> None:
-    view = pixels(views_of(plain(flip_prob=1.0), places()))[0]
+    view = pixels(views_of(plain(flip_prob=1.0), coordinates()))[0]
     assert torch.equal(view[1, 0], 100 + torch.arange(31.0, -1, -1))
     assert torch.equal(view[0, :, 0], 100 + torch.arange(64.0))
 
@@ -187,7 +187,7 @@ def test_a_crop_shows_the_padded_image_from_where_it_was_drawn() -> None:
         assert torch.equal(view, NORMALISE(crop)[0])
 
 
-def test_what_a_crop_leaves_empty_is_black_before_normalising() -> None:
+def test_padding_is_black_before_normalising() -> None:
     black = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)])
     white = torch.full((30, 3, 64, 32), 255, dtype=torch.uint8)
     empty = 0
@@ -203,7 +203,7 @@ def test_what_a_crop_leaves_empty_is_black_before_normalising() -> None:
 # --------------------------------------------------------------------- normalising
 
 
-def test_normalising_is_what_the_formula_says() -> None:
+def test_normalising_follows_the_formula() -> None:
     images = noise(5, 64, 32)
     expected = images.permute(0, 2, 3, 1).double().numpy() / 255
     expected = (expected - np.array(MEAN)) / np.array(STD)
@@ -213,7 +213,7 @@ def test_normalising_is_what_the_formula_says() -> None:
     assert np.abs(found.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-6
 
 
-def test_a_training_view_without_chance_is_the_evaluation_view() -> None:
+def test_a_training_view_with_nothing_random_is_the_evaluation_view() -> None:
     images = noise(3, 64, 32)
     assert torch.equal(views_of(plain(), images), NORMALISE(images))
 
@@ -238,7 +238,7 @@ def test_the_backbones_normalisation_is_used() -> None:
     assert torch.allclose(view[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]), atol=1e-6)
 
 
-# --------------------------------------------------------------------- one result, any way
+# --------------------------------------------------------------------- the same on any path
 
 
 @settings(max_examples=60, deadline=None)
@@ -249,7 +249,7 @@ def test_the_backbones_normalisation_is_used() -> None:
     padding=st.integers(0, 60),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_by_rectangles_and_by_index_are_bitwise_the_same(
+def test_the_cpu_path_and_the_device_path_are_bitwise_the_same(
     count: int, height: int, width: int, padding: int, seed: int
 ) -> None:
     config = plain(size=(height, width), padding=padding, flip_prob=0.5, erasing_prob=0.5)
@@ -269,9 +269,9 @@ def test_a_cuda_device_gives_what_the_cpu_gives_and_the_host_does_not_wait() -> 
     augmentation, images = Augmentation(InputConfig(), NORMALISE), noise(16, 256, 128)
     drawn = augmentation.draw(16, KEY)
     on_device = images.pin_memory().to("cuda", non_blocking=True)
-    augmentation(on_device, drawn)  # tables are brought over once
+    augmentation(on_device, drawn)  # copies the tables to the device once
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode may not see every wait
+        warnings.simplefilter("ignore")  # torch warns that the mode may miss some waits
         torch.cuda.set_sync_debug_mode("error")
         try:
             found = augmentation(on_device, drawn)
@@ -301,7 +301,7 @@ def test_earlier_batches_do_not_change_when_later_ones_are_made() -> None:
     assert torch.equal(view, copy)
 
 
-def test_no_generator_of_others_is_drawn_from() -> None:
+def test_no_global_generator_is_drawn_from() -> None:
     before = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
     views_of(plain(flip_prob=0.5, padding=5, erasing_prob=1.0), noise(4, 64, 32))
     assert random.getstate() == before[0]
