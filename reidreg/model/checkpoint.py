@@ -1,12 +1,12 @@
-"""Checkpoints: one self-describing file, written and read here only.
+"""Checkpoints: one self-describing file, written and read only here.
 
-The file is a safetensors file: named tensors, and a header of text in which the rest stands as
-JSON. Nothing in it can execute. A tree of mappings, lists, numbers, strings and tensors is kept by
-taking the tensors out of it, so that JSON remains. A SHA-256 over all of it is in the header,
-since the format itself notices truncation but not a flipped bit.
+It is a safetensors file: named tensors, and a text header with everything else as JSON. Nothing in
+it can execute. A tree of mappings, lists, numbers, strings and tensors is stored by replacing its
+tensors with their names, so that JSON remains. The header has a SHA-256 over all of it, since the
+format itself detects truncation but not a flipped bit.
 
-Writing goes to a temporary place in the same folder; what stands there is synced and then renamed:
-a reader, or a resume after a kill, always finds a whole checkpoint.
+A checkpoint is written to a temporary folder beside it, synced and then renamed: a reader, or a
+resume after a kill, always finds a whole one.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Checkpoint:
     Args:
         model: The model's state dict.
         config: The resolved configuration, as plain values.
-        labels: The training set's numbering.
+        labels: The identities and cameras of the training set.
         preprocessing: Size, mean and std that the weights were trained with.
-        epoch: Whole epochs done.
-        step: Optimizer steps done.
-        metrics: The last evaluation's figures, if there was one.
-        training: What only a resume needs: optimizer, random states, place in the epoch.
+        epoch: Completed epochs.
+        step: Completed optimizer steps.
+        metrics: The figures of the last evaluation; empty before the first.
+        training: What only a resume needs: optimizer, random states, position in the epoch.
     """
 
     model: dict[str, Tensor]
@@ -65,7 +65,7 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint so that the file is either the old or the new one, and whole.
+    """Write a checkpoint atomically: the file is either the old one or the new one.
 
     Raises:
         CheckpointError: The folder cannot be written to, or the disk is full.
@@ -81,7 +81,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "model": checkpoint.model,
         "training": checkpoint.training,
     }
-    text = json.dumps(_take_out(content, "", tensors))
+    text = json.dumps(_without_tensors(content, "", tensors))
     header = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -90,7 +90,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        # A folder: safetensors writes to a file of a name of its own first, which a kill leaves.
+        # A folder: safetensors first writes to a file of another name, which a kill would leave.
         partial.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial / path.name, metadata=header)
         sync(partial / path.name)
@@ -106,12 +106,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint, on the CPU. Nothing in the file is executed.
 
     Raises:
-        DamagedError: The file is damaged, or no checkpoint of reidreg.
-        CheckpointError: The file is missing, other weights, or of a newer format.
+        DamagedError: The file is damaged, or not a checkpoint of reidreg.
+        CheckpointError: The file is missing, holds other weights, or has a newer format.
     """
     path = Path(os.path.expanduser(path))
     text, tensors = _read(path)
-    content = _put_back(json.loads(text), tensors)
+    content = _with_tensors(json.loads(text), tensors)
     labels = content.pop("labels")
     return Checkpoint(
         labels=Labels(tuple(labels["pids"]), tuple(labels["camids"])),
@@ -126,25 +126,25 @@ def run_folder_of(ckpt: Path) -> Path:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Delete what a killed run left half-written."""
+    """Delete the temporary folders that a killed run left."""
     for partial in folder.glob(".*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The text and the tensors of a file, checked."""
+    """The JSON text and the tensors of a file, after all checks."""
     size = _size(path)
     try:
-        # In one piece: safetensors' own reader opens the path twice, and beside a run that saves
-        # it would find the header of one checkpoint and the tensors of the next.
+        # In one read: safetensors' own reader opens the path twice, and while a run saves could
+        # get the header of one checkpoint and the tensors of the next.
         data = path.read_bytes()
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")
         header: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
         if header.get("format") != FORMAT:
             raise CheckpointError(
-                f"{path} is a safetensors file, but no checkpoint of reidreg; weights of "
-                "other systems load through --backbone.pretrained"
+                f"{path} is a safetensors file, but not a checkpoint of reidreg; to load the "
+                "weights of another system, use --backbone.pretrained"
             )
         if int(header["version"]) > VERSION:
             raise CheckpointError(
@@ -162,7 +162,11 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def _size(path: Path) -> int:
-    """The size of a file that has to be there."""
+    """The size of a checkpoint's file.
+
+    Raises:
+        CheckpointError: There is none; the message names the checkpoints in the folder.
+    """
     try:
         status = path.stat()
         if stat.S_ISREG(status.st_mode):
@@ -177,7 +181,7 @@ def _size(path: Path) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, without the path that the line has already."""
+    """An error's text, without the path that the message already has."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:100]
 
@@ -186,38 +190,39 @@ def digest_of(text: str, tensors: dict[str, Tensor]) -> str:
     """A SHA-256 over a text and named tensors, which are on the CPU."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        # The shape too: one without elements has no bytes that would tell.
+        # The shape too: tensors without elements have no bytes in which to differ.
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        # As bytes, whatever the type: numpy has no bfloat16.
+        # As bytes: numpy has no bfloat16.
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _take_out(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """A tree with its tensors replaced by their names, which end up in `tensors`."""
+def _without_tensors(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Replace the tensors of a tree by their names, and collect them in `tensors`."""
     if isinstance(tree, Tensor):
         while path in tensors:
-            path += "'"  # {"a/b": x} and {"a": {"b": x}} are two places
-        # Contiguous and its own: safetensors refuses views of shared memory.
+            path += "'"  # {"a/b": x} and {"a": {"b": x}} are two tensors
+        # A contiguous copy: safetensors refuses views of shared memory.
         tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: path}
     if isinstance(tree, dict):
         # Optimizers number their state by integers, which JSON would turn into strings.
         pairs = [
-            [key, _take_out(value, f"{path}/{key}" if path else str(key), tensors)]
+            [key, _without_tensors(value, f"{path}/{key}" if path else str(key), tensors)]
             for key, value in tree.items()
         ]
         return {"__dict__": pairs}
     if isinstance(tree, (list, tuple)):
-        return [_take_out(item, f"{path}/{i}", tensors) for i, item in enumerate(tree)]
+        return [_without_tensors(item, f"{path}/{i}", tensors) for i, item in enumerate(tree)]
     return tree
 
 
-def _put_back(tree: Any, tensors: dict[str, Tensor]) -> Any:
+def _with_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_without_tensors`."""
     if isinstance(tree, dict):
         if _TENSOR in tree:
             return tensors[tree[_TENSOR]]
-        return {key: _put_back(value, tensors) for key, value in tree["__dict__"]}
+        return {key: _with_tensors(value, tensors) for key, value in tree["__dict__"]}
     if isinstance(tree, list):
-        return [_put_back(item, tensors) for item in tree]
+        return [_with_tensors(item, tensors) for item in tree]
     return tree

@@ -1,4 +1,4 @@
-"""Images to features: a model with the preprocessing, the device and the arithmetic it runs in."""
+"""Images to features: a model with its preprocessing, device and precision."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from reidreg.values import Embeddings, Sample
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model with all that turns image files into features.
+    """A model with everything that turns image files into features.
 
     Args:
         model: The model.
-        labels: The numbering it was trained with.
-        input: Size, mean and std of its input, and whether mirror images count too.
-        device: Where it runs.
-        dtype: In which arithmetic.
-        batch_size: Images at a time.
+        labels: The identities and cameras it was trained with.
+        input: Size, mean and std of its input, and whether to average with mirror images.
+        device: The device it runs on.
+        dtype: The precision it runs in.
+        batch_size: Images in a batch.
         workers: Loading processes.
     """
 
@@ -46,27 +46,27 @@ class Embedder:
 
     @functools.cached_property
     def normalisation(self) -> Normalisation:
-        """What makes pixels the model's input."""
+        """The normalisation of the model's input."""
         if self.input.mean is None or self.input.std is None:
-            raise ValueError("the input's mean and std are resolved by resolve_input")
+            raise ValueError("mean and std of the input are not resolved; use resolve_input")
         return Normalisation(self.input.mean, self.input.std)
 
     def embed(self, samples: Sequence[Sample], what: str) -> Embeddings:
         """The features of images, in order, on the CPU.
 
-        Several processes share the work. The first returns the features of all images, the others
-        those that they made themselves.
+        All ranks share the work. Rank 0 returns the features of all images, every other rank those
+        of its own share.
 
         Args:
             samples: The images.
-            what: What they are, for the progress bar and errors.
+            what: What they are called in the progress bar and in errors.
 
         Raises:
             DataError: There are none, or one cannot be read.
         """
         if not samples:
             raise DataError(f"{what}: there are no images to extract features of")
-        everything, samples = samples, samples[world().share(len(samples))]
+        all_samples, samples = samples, samples[world().share(len(samples))]
         camids = torch.tensor(self.labels.camera_indices(samples))
         training = self.model.training
         self.model.eval()
@@ -83,28 +83,27 @@ class Embedder:
                 span = slice(done, done + len(images))
                 found = self.features(images, camids[span])
                 if not done:
-                    # The features in one piece from the start, so that none is copied.
+                    # Allocated once for all batches, so that none is copied again.
                     features = torch.empty(len(samples), found.shape[1])
                 features[span] = found
                 done += len(images)
                 bar.advance(len(images))
         self.model.train(training)
         if world().is_main:
-            samples = everything
-        return embeddings_of(samples, collect_rows(features, len(everything)))
+            samples = all_samples
+        return embeddings_of(samples, collect_rows(features, len(all_samples)))
 
     @torch.inference_mode()
     def features(self, images: Tensor, camids: Tensor | None = None) -> Tensor:
-        """The features of a batch, by a model that is in evaluation mode.
+        """The features of a batch; the model has to be in evaluation mode.
 
         With `flip_test` a feature is the mean of those of the image and of its mirror image. They
-        are averaged as the model gives them, not divided by their norms first: a feature then
-        keeps its scale, which the squared Euclidean distance sees, and the ranking normalises it
-        where the metric is cosine.
+        are averaged without normalising them first: the feature keeps its scale, on which the
+        squared Euclidean distance depends, and for cosine the ranking normalises it.
 
         Args:
-            images: (B, 3, H, W) uint8 in RGB, of the input's size, anywhere.
-            camids: (B,) camera indices, or None for unknown ones.
+            images: (B, 3, H, W) uint8 in RGB, of the input's size, on any device.
+            camids: (B,) camera indices, or None where all are unknown.
 
         Returns:
             (B, D) float32 on the CPU.
@@ -122,7 +121,7 @@ class Embedder:
 
 
 def embeddings_of(samples: Sequence[Sample], features: Tensor) -> Embeddings:
-    """Features (N, D) with the ids and paths of their samples."""
+    """Features (N, D) with the pids, camids and paths of their samples."""
     return Embeddings(
         features,
         torch.tensor([sample.pid for sample in samples], dtype=torch.int64),
@@ -132,7 +131,7 @@ def embeddings_of(samples: Sequence[Sample], features: Tensor) -> Embeddings:
 
 
 def make_embedder(model: Model, labels: Labels, config: Config) -> Embedder:
-    """The embedder of a model, as `train` and `input` say; the model moves to the device."""
+    """The embedder of a model as configured in `train` and `input`; moves it to the device."""
     device = choose_device(config.train.device)
     return Embedder(
         model=model.to(device=device, memory_format=torch.channels_last),  # type: ignore[call-overload]
@@ -146,7 +145,7 @@ def make_embedder(model: Model, labels: Labels, config: Config) -> Embedder:
 
 
 def resolve_input(config: InputConfig, model: Model) -> InputConfig:
-    """The input's options with the backbone's normalisation where none is given."""
+    """The section `input`, with the backbone's mean and std where none are given."""
     return replace(
         config,
         mean=config.mean or model.backbone.mean,

@@ -1,4 +1,4 @@
-"""Crops to unit vectors, for trackers and notebooks."""
+"""Crops to normalised features, for trackers and notebooks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class FeatureExtractor:
     """A trained model as a function from crops to features.
 
     Args:
-        ckpt: A checkpoint of ours; size and normalisation come from it.
+        ckpt: A checkpoint of reidreg; input size and normalisation come from it.
         device: auto, cpu, cuda, cuda:N or mps.
-        batch_size: Crops at a time.
+        batch_size: Crops in a batch.
     """
 
     def __init__(self, ckpt: str | Path, device: str = "auto", batch_size: int = 128) -> None:
@@ -39,7 +39,7 @@ class FeatureExtractor:
 
     @property
     def threshold(self) -> float | None:
-        """The cosine from which on two crops show the same person; None if none is stored.
+        """The cosine at and above which two crops show the same person; None if none is stored.
 
         `reidreg evaluate --ckpt FILE --evaluator.verification true --save_threshold` stores one.
         """
@@ -47,7 +47,7 @@ class FeatureExtractor:
 
     @functools.cached_property
     def _width(self) -> int:
-        """The length of a feature, as the model gives it: a head may join several."""
+        """The length of a feature, found by extracting one: a head may concatenate several."""
         height, width = self._embedder.input.size
         return self([Image.new("RGB", (width, height))]).shape[1]
 
@@ -55,11 +55,11 @@ class FeatureExtractor:
         """Compute the features of crops.
 
         Args:
-            crops: Paths, PIL images, or (H, W, 3) uint8 arrays in RGB; OpenCV's BGR frames are
-                turned by `crop[..., ::-1]`.
+            crops: Paths, PIL images, or (H, W, 3) uint8 arrays in RGB; `crop[..., ::-1]` converts
+                OpenCV's BGR.
 
         Returns:
-            (N, D) float32 on the CPU, each row of length 1; their dot products are cosines.
+            (N, D) float32 on the CPU, each row of norm 1; dot products are cosine similarities.
 
         Raises:
             DataError: A crop is empty, cannot be read, or is not an RGB image.
@@ -69,8 +69,8 @@ class FeatureExtractor:
         size, count = self._embedder.input.size, self._embedder.batch_size
         features = []
         for start in range(0, len(crops), count):
-            some = crops[start : start + count]
-            images = stack_resized(map(_pixels, some), len(some), size)
+            batch = crops[start : start + count]
+            images = stack_resized(map(_pixels, batch), len(batch), size)
             features.append(self._embedder.features(images.permute(0, 3, 1, 2)))
         return torch.nn.functional.normalize(torch.cat(features))
 
@@ -83,5 +83,5 @@ def _pixels(crop: Crop) -> Tensor:
         crop = np.asarray(crop.convert("RGB"))
     if crop.dtype != np.uint8 or crop.ndim != 3 or crop.shape[2] != 3 or 0 in crop.shape:
         raise DataError(f"a crop is (H, W, 3) uint8 in RGB, got {crop.dtype} {crop.shape}")
-    # A copy: a part of a frame may lie in any order, and may be one that is not to be written to.
+    # A copy: a part of a frame may have any strides, and may be read-only.
     return torch.from_numpy(np.array(crop, order="C")).permute(2, 0, 1)

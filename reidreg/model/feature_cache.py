@@ -1,14 +1,14 @@
-"""Features that are kept, so that evaluating again with another protocol extracts nothing again.
+"""The feature cache: another evaluation of the same model and images extracts nothing again.
 
-A kept file is found by a key: a SHA-256 of all that features depend on. That is the model (its
-weights, its parts' options, and the source of its classes with what their modules use of their own
-package), the input (size, normalisation, mirror images), the arithmetic, the libraries' versions,
-and the images (path, size and time of change of each, and its camera, which some models see).
-Protocol and labels are no part of it: pids and camids come from the data set each time.
+A file is found by its key, a SHA-256 of everything that features depend on: the model (its weights,
+the options of its parts, and the source of its classes and of the modules of their package that
+they use), the input (size, normalisation, mirror images), the precision, the libraries' versions,
+and the images (path, size and modification time, and the camera, which some models use). Protocol
+and labels are not in it: pids and camids come from the data set each time.
 
-The file holds its key and a checksum of its features, and both are looked at when it is read: what
-is damaged, or was put there by hand, is extracted anew. A folder keeps at most 2 GiB, of which
-whatever was not used for longest goes first; the features just used stay, however large they are.
+A file holds its key and a checksum of its features. Both are verified on reading, and the features
+of a damaged or replaced file are extracted again. A folder keeps at most 2 GiB: the least recently
+used files are deleted, but never those in use.
 """
 
 from __future__ import annotations
@@ -39,18 +39,17 @@ from reidreg.values import Embeddings, Sample
 
 VERSION = 1
 LIMIT = 2 * 2**30  # bytes that a folder may keep
-# Their versions stand for their source.
-_LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")
-_ELSEWHERE = {*_LIBRARIES, "PIL", *sys.stdlib_module_names}
+_LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")  # identified by their versions
+_NOT_HASHED = {*_LIBRARIES, "PIL", *sys.stdlib_module_names}
 
 
 class FeatureCache:
-    """An embedder that looks for kept features first, and keeps those it has to make.
+    """An embedder that looks up features in a folder first, and stores those it extracts.
 
     Args:
-        embedder: What makes features.
+        embedder: The embedder that extracts features.
         parts: The options of the model's parts.
-        folder: Where they are kept; made when there is something to keep.
+        folder: The folder of the cache; created when there is something to store.
     """
 
     def __init__(self, embedder: Embedder, parts: Mapping[str, Any], folder: Path) -> None:
@@ -60,41 +59,41 @@ class FeatureCache:
         self._used: set[Path] = set()
 
     def embed(self, samples: Sequence[Sample], what: str) -> Embeddings:
-        """As `Embedder.embed`; a line of the log says whether the features were kept ones.
+        """As `Embedder.embed`; the log says when the features come from the cache.
 
         Args:
             samples: The images.
-            what: The split's name, which the file's name begins with.
+            what: The split's name, with which the file's name begins.
         """
-        key, kept = self._look(samples, what) if world().is_main else (None, None)
-        if broadcast(kept is not None):
-            return embeddings_of(samples, kept) if kept is not None else _nothing()
+        key, cached = self._look_up(samples, what) if world().is_main else (None, None)
+        if broadcast(cached is not None):
+            return embeddings_of(samples, cached) if cached is not None else _nothing()
         found = self.embedder.embed(samples, what)
         if key is not None:
             self._write(self._path(key, what), key, found.features)
         return found
 
-    def _look(self, samples: Sequence[Sample], what: str) -> tuple[str | None, Tensor | None]:
-        """The key of images, if they have one, and the features that are kept under it, if any."""
+    def _look_up(self, samples: Sequence[Sample], what: str) -> tuple[str | None, Tensor | None]:
+        """The key of images, and their features in the cache; None for what there is not."""
         try:
             key = self.key(samples)
-        except OSError:  # An image is gone, as will be said, or the source of a class.
+        except OSError:  # the source of a class is missing, or an image, which extraction reports
             return None, None
         path = self._path(key, what)
         self._used.add(path)
-        kept = self._read(path, key, what)
-        if kept is not None:
+        cached = self._read(path, key, what)
+        if cached is not None:
             logger.info("features of the %s from the cache (%s)", what, path)
-        return key, kept
+        return key, cached
 
     def _path(self, key: str, what: str) -> Path:
         return self.folder / f"{what}-{key[:16]}.npz"
 
     def key(self, samples: Sequence[Sample]) -> str:
-        """What the features of these images by this model are known by.
+        """The key of the features of these images by this model.
 
         Raises:
-            OSError: An image is gone, or a class of the model has no source to be known by.
+            OSError: An image is gone, or a class of the model has no source file.
         """
         cameras = self.embedder.labels.camera_indices(samples)
         images = []
@@ -112,22 +111,22 @@ class FeatureCache:
             if any(self.folder.glob(f"{what}-*.npz")):
                 logger.info(
                     "the cached features of the %s are of another model, other options or other "
-                    "images; extracting anew",
+                    "images; extracting them again",
                     what,
                 )
             return None
-        features = _read_kept(path, key)
+        features = _read_features(path, key)
         if features is None:
-            logger.info("%s is damaged, or not what its name says; extracting anew", path)
+            logger.info("%s is damaged or was replaced; extracting the features again", path)
             return None
         with contextlib.suppress(OSError):
-            os.utime(path)  # the last use, by which `prune` goes
+            os.utime(path)  # marks the use, for `prune`
         return features
 
     def _write(self, path: Path, key: str, features: Tensor) -> None:
         try:
-            for left in self.folder.glob(".*.partial"):
-                left.unlink(missing_ok=True)
+            for partial in self.folder.glob(".*.partial"):
+                partial.unlink(missing_ok=True)
             with replacing(path, PRIVATE) as file:
                 np.savez(
                     file,
@@ -147,14 +146,14 @@ def cache_folder_of(ckpt: Path) -> Path:
 
 
 def _nothing() -> Embeddings:
-    """What a process that extracted nothing returns beside the first one."""
+    """What every rank but the first returns when the features come from the cache."""
     return embeddings_of([], torch.empty(0, 0))
 
 
-def _read_kept(path: Path, key: str) -> Tensor | None:
-    """Kept features, or None where the file is damaged or of another key."""
+def _read_features(path: Path, key: str) -> Tensor | None:
+    """The features in a file, or None where it is damaged or has another key."""
     try:
-        # numpy leaves open what it opened itself and cannot read.
+        # Opened here: numpy does not close a file that it opened and cannot read.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             features = torch.from_numpy(arrays["features"])
             found, checksum = str(arrays["key"]), str(arrays["sha256"])
@@ -168,11 +167,11 @@ def _checksum(key: str, features: Tensor) -> str:
 
 
 def prune(folder: Path, used: Collection[Path], limit: int = LIMIT) -> None:
-    """Delete what was not used for longest, until the rest is small enough.
+    """Delete the least recently used files of a cache, until the others are small enough.
 
     Args:
-        folder: The folder of a cache.
-        used: Files that stay.
+        folder: The folder of the cache.
+        used: Files that are in use and are not deleted.
         limit: Bytes that may remain.
     """
     files = []
@@ -187,14 +186,14 @@ def prune(folder: Path, used: Collection[Path], limit: int = LIMIT) -> None:
             path.unlink(missing_ok=True)
 
 
-# --------------------------------------------------------------------- what features depend on
+# --------------------------------------------------------------------- key
 
 
 def describe_embedder(embedder: Embedder) -> dict[str, Any]:
-    """All of an embedder that its features depend on, but for the options of its parts.
+    """Everything in an embedder that its features depend on, except the options of its parts.
 
     Raises:
-        OSError: A class of the model has no source, as one that was typed into a notebook.
+        OSError: A class of the model has no source file, such as one defined in a notebook.
     """
     options = embedder.input
     return {
@@ -203,7 +202,7 @@ def describe_embedder(embedder: Embedder) -> dict[str, Any]:
         "cameras": embedder.labels.camids,
         "device": embedder.device.type,
         "dtype": str(embedder.dtype),
-        # Kernels are chosen by the batch's size, and with them the last bits.
+        # Libraries choose kernels by the batch size, and the last bits depend on the kernel.
         "batch_size": embedder.batch_size,
         "code": _code_of([*map(type, embedder.model.modules()), type(embedder)]),
         "libraries": {name: _version(name) for name in _LIBRARIES},
@@ -211,21 +210,21 @@ def describe_embedder(embedder: Embedder) -> dict[str, Any]:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """A SHA-256 of a model's weights, wherever they are."""
+    """A SHA-256 of a model's weights, which may be on any device."""
     return digest_of("", {name: value.cpu() for name, value in model.state_dict().items()})
 
 
 def _code_of(classes: Iterable[type]) -> dict[str, str]:
-    """Digests of the source of classes, and of all that their modules use of their own package.
+    """Digests of the modules of classes, and of the modules of the same package that they use.
 
-    A version would do for what is installed, but not for a plugin that somebody is working on.
+    The package's version would not do for a plugin under development.
     """
     digests: dict[str, str] = {}
     pending = {base.__module__ for cls in classes for base in cls.__mro__}
     while pending:
         name = pending.pop()
         package = name.partition(".")[0]
-        if name in digests or package in _ELSEWHERE or name not in sys.modules:
+        if name in digests or package in _NOT_HASHED or name not in sys.modules:
             continue
         module = sys.modules[name]
         digests[name] = _source_digest(module)
@@ -244,7 +243,7 @@ def _source_digest(module: types.ModuleType) -> str:
 
 
 def _home(value: object) -> str:
-    """The module that a value comes from, or is."""
+    """The name of the module that a value comes from, or is."""
     if isinstance(value, types.ModuleType):
         return value.__name__
     return str(getattr(value, "__module__", None))
@@ -253,7 +252,7 @@ def _home(value: object) -> str:
 def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # built by hand, or under another name
+    except importlib.metadata.PackageNotFoundError:  # built from source, or under another name
         return ""
 
 

@@ -1,12 +1,11 @@
-"""Files of features: what `extract` writes, and what other systems hand over.
+"""Files of features: written by `extract`, or by any other system.
 
 A .npz or .safetensors file holds `features` (N, D), `pids` (N,), `camids` (N,) and, as .npz,
 `paths` (N,). Nothing in either can execute: arrays of Python objects are refused.
 
-Features in float32, float16 or bfloat16 (which .npz does not have) stay in memory as they are;
-all figures are computed in float32. Wider floats are rounded to it. Integers are taken as the
-numbers that they are, so that codes with a zero point or a scale for each dimension have to be
-decoded beforehand.
+Features in float32, float16 or bfloat16 (which .npz does not have) keep their type in memory; all
+figures are computed in float32. Wider floats are rounded to float32. Integers are converted by
+value, so quantised codes with a zero point or a scale have to be decoded beforehand.
 """
 
 from __future__ import annotations
@@ -30,8 +29,9 @@ from reidreg.values import Embeddings
 DTYPES = ("float32", "float16")
 _NAMES = ("features", "pids", "camids", "paths")
 _KEPT = (torch.float32, torch.float16, torch.bfloat16)
-# Real features shrink by a fraction; what grows a thousandfold is made to fill the memory.
-_LARGE, _RATIO = 2**28, 100
+# Features compress by a fraction; a file that grows a thousandfold is a decompression bomb.
+UNPACKED_BYTES = 2**28  # that any file may have
+_RATIO = 100  # of unpacked to packed bytes, beyond that
 
 
 def save_features(
@@ -39,16 +39,16 @@ def save_features(
 ) -> None:
     """Write features as .npz: features (N, D), pids, camids (N,) int64, paths (N,).
 
-    Features tell people apart, so only the file's owner may read it.
+    Features identify people, so only the file's owner may read it.
 
     Args:
         embeddings: What to write.
-        path: The file, ending in .npz; a reader never sees half of it.
-        dtype: Of the features; float16 is half the size, and rounds to three digits.
+        path: The file, ending in .npz; it is replaced atomically.
+        dtype: Of the features; float16 takes half the space and keeps three digits.
 
     Raises:
-        ConfigError: The name ends otherwise, or the data type is another.
-        DataError: The file cannot be written, or float16 is too narrow for these features.
+        ConfigError: The name does not end in .npz, or the data type is unknown.
+        DataError: The file cannot be written, or the features exceed the range of float16.
     """
     path = check_output(path)
     if dtype not in DTYPES:
@@ -57,7 +57,7 @@ def save_features(
     if dtype == "float16" and bool((features.isinf() & embeddings.features.isfinite()).any()):
         largest = embeddings.features.abs().max().item()
         raise DataError(
-            f"features of up to {largest:.3g} do not fit float16, which ends at 65504; "
+            f"features of up to {largest:.3g} do not fit float16, whose largest is 65504; "
             "write float32"
         )
     try:
@@ -74,25 +74,29 @@ def save_features(
 
 
 def check_output(path: str | Path) -> Path:
-    """The path of a feature file to write; ConfigError where it does not end in .npz."""
+    """The path of a feature file to write.
+
+    Raises:
+        ConfigError: It does not end in .npz.
+    """
     path = Path(path)
     if path.suffix != ".npz":
-        raise ConfigError(f"{path}: features are written as .npz; let the name end so")
+        raise ConfigError(f"{path}: features are written as .npz; give a name that ends in .npz")
     return path
 
 
 def load_features(path: str | Path, *, labelled: bool = True) -> Embeddings:
-    """Read features that `save_features`, or any other system, wrote.
+    """Read features that `save_features` or another system wrote.
 
     Args:
         path: A .npz file, or a .safetensors file.
-        labelled: Whether pids and camids have to be there; otherwise, -1 stands for those missing.
+        labelled: Whether pids and camids are required; otherwise missing ones are -1.
 
     Returns:
         The features in float32, float16 or bfloat16, on the CPU.
 
     Raises:
-        DataError: The file is missing, damaged, lacks an array, or the arrays do not go together.
+        DataError: The file is missing or damaged, lacks an array, or arrays differ in length.
     """
     path = Path(path)
     arrays = _read(path)
@@ -107,11 +111,11 @@ def load_features(path: str | Path, *, labelled: bool = True) -> Embeddings:
     return Embeddings(features, pids, camids, _paths(path, arrays, count))
 
 
-# --------------------------------------------------------------------- from disk
+# --------------------------------------------------------------------- reading
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The arrays and tensors of a file, those that we know alone."""
+    """The arrays or tensors of a file that have one of the known names."""
     try:
         status = path.stat()
     except OSError as error:
@@ -124,7 +128,7 @@ def _read(path: Path) -> dict[str, Any]:
         return _read_npz(path, status.st_size)
     except DataError:
         raise
-    # numpy and safetensors raise whatever the archive or the parser of an array did.
+    # numpy and safetensors pass on whatever the archive or the parser of an array raised.
     except Exception as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         kind = ".safetensors" if path.suffix == ".safetensors" else ".npz"
@@ -140,12 +144,12 @@ def _read_npz(path: Path, size: int) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             packed = min(member.compress_size, size)
-            if member.file_size > max(_LARGE, _RATIO * packed):
+            if member.file_size > max(UNPACKED_BYTES, _RATIO * packed):
                 raise DataError(
                     f"{path}: {member.filename[:60]} would unpack from {packed:,} to "
-                    f"{member.file_size:,} bytes; no features do"
+                    f"{member.file_size:,} bytes, which no features do"
                 )
-    # numpy leaves open what it opened itself and cannot read.
+    # Opened here: numpy does not close a file that it opened and cannot read.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
         _check_names(path, members.files)
         arrays = {name: members[name] for name in _NAMES if name in members.files}
@@ -171,11 +175,11 @@ def _check_names(path: Path, found: list[str]) -> None:
         raise DataError(f"{path} lacks features; it holds {names}")
 
 
-# --------------------------------------------------------------------- checked and converted
+# --------------------------------------------------------------------- checks and conversions
 
 
 def _features(path: Path, arrays: Mapping[str, Any]) -> Tensor:
-    """(N, D) float32, float16 or bfloat16, row by row in memory."""
+    """The features, (N, D) float32, float16 or bfloat16, contiguous."""
     values = arrays["features"]
     if isinstance(values, np.ndarray):
         real = values.dtype.kind in "fiu"
@@ -187,9 +191,9 @@ def _features(path: Path, arrays: Mapping[str, Any]) -> Tensor:
             hint = "; numpy has no bfloat16, .safetensors has"
         raise DataError(f"{path}: features are {_described(values)}, not (N, D) numbers{hint}")
     if isinstance(values, np.ndarray):
-        # Half precision in this machine's byte order; of all else, what float32 holds.
+        # float16 in this machine's byte order; everything else as float32.
         wanted = np.float16 if values.dtype.kind == "f" and values.itemsize == 2 else np.float32
-        with np.errstate(over="ignore"):  # infinite then, which is said with the image's name
+        with np.errstate(over="ignore"):  # becomes inf, for which the evaluation names the image
             values = torch.from_numpy(np.ascontiguousarray(values, dtype=wanted))
     kept: Tensor = values if values.dtype in _KEPT else values.to(torch.float32)
     return kept.contiguous()
@@ -208,14 +212,14 @@ def _check_labels(path: Path, arrays: Mapping[str, Any], count: int) -> None:
 
 
 def _ids(path: Path, name: str, values: Any, count: int) -> Tensor:
-    """(N,) int64; whole numbers in floats, as MATLAB writes them, are converted exactly."""
+    """Ids (N,) int64; whole numbers in floats, as MATLAB writes them, are converted exactly."""
     array = values
     if isinstance(values, Tensor):
         array = (values.double() if values.is_floating_point() else values).numpy()
     if array.ndim != 1 or not _whole(array):
         raise DataError(
             f"{path}: {name} are {_described(values)}, not (N,) whole numbers; "
-            "number them alike in query and gallery"
+            "use the same ones in query and gallery"
         )
     if len(array) != count:
         raise DataError(f"{path}: there are {count} features, but {len(array)} {name}")
@@ -223,9 +227,9 @@ def _ids(path: Path, name: str, values: Any, count: int) -> Tensor:
 
 
 def _whole(array: NDArray[Any]) -> bool:
-    """Whether all values are whole numbers that int64 holds and that nothing was rounded to."""
+    """Whether all values are whole numbers that fit int64 and cannot have been rounded."""
     if array.dtype.kind == "f":
-        # Beyond, neighbouring integers share a float.
+        # Beyond it, neighbouring integers share a float.
         end = 2.0 ** (np.finfo(array.dtype).nmant + 1)
         return bool((np.abs(array) <= end).all() and (array == np.floor(array)).all())
     if array.dtype.kind == "u":
@@ -245,5 +249,5 @@ def _paths(path: Path, arrays: Mapping[str, Any], count: int) -> tuple[str, ...]
 
 
 def _described(values: NDArray[Any] | Tensor) -> str:
-    """Type and shape, as an error shows them."""
+    """Type and shape, for errors."""
     return f"{str(values.dtype).removeprefix('torch.')} {tuple(values.shape)}"

@@ -1,4 +1,4 @@
-"""A model: a backbone and a head, images to Output."""
+"""The model: a backbone and a head, from images to Output."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from reidreg.values import Output
 
 
 class Model(nn.Module):
-    """A backbone and the head on it.
+    """A backbone with a head.
 
     Args:
-        backbone: Images to features; it runs in the precision of the surrounding autocast.
-        head: Features to Output; it never runs in less than float32, which pooling and distances
-            need.
+        backbone: Images to features, in the precision of the surrounding autocast.
+        head: Features to Output, at least in float32, which pooling and distances need.
     """
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
@@ -30,7 +29,7 @@ class Model(nn.Module):
 
         Args:
             images: (B, 3, H, W) float, normalised.
-            camids: (B,) camera indices, -1 for a camera unknown to training; None for all -1.
+            camids: (B,) camera indices, -1 for a camera that training did not see; None for all -1.
         """
         if camids is None:
             camids = images.new_full((len(images),), -1, dtype=torch.int64)
@@ -42,7 +41,7 @@ class Model(nn.Module):
 
 
 def build_model(config: Config, labels: Labels) -> Model:
-    """The model of a configuration, for the identities and cameras of a training set."""
+    """Build the configured model for the identities and cameras of a training set."""
     facts = {"num_classes": len(labels.pids), "num_cameras": len(labels.camids)}
     backbone = BACKBONES.build(
         config.backbone.name,
@@ -55,6 +54,6 @@ def build_model(config: Config, labels: Labels) -> Model:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters of a module, and those that are trained."""
+    """How many parameters a module has, and how many of them are trained."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)

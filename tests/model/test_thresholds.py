@@ -1,4 +1,4 @@
-"""The threshold that is stored with a model."""
+"""The threshold stored with a checkpoint: what stores it, and what refuses to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERIFICATION = {
 
 
 def a_checkpoint(**metrics: Any) -> Checkpoint:
-    """As `last.ckpt` is: with a training state, numbers as keys, and several kinds of tensor."""
+    """Like `last.ckpt`: with a training state, numbers as keys, and several kinds of tensor."""
     config = load_config(
         "aihub_kaist", {"dataset.root": "data", "backbone": {"name": "resnet18"}}
     ).as_dict()
@@ -44,7 +44,7 @@ def a_checkpoint(**metrics: Any) -> Checkpoint:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal in kind and, for tensors, in every bit."""
+    """Whether two trees have equal types and values; tensors are compared bit by bit."""
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -73,12 +73,14 @@ def test_a_threshold_is_that_of_the_last_evaluation_by_cosine() -> None:
     assert stored_threshold(a_checkpoint(verification=squared)) is None
 
 
-def test_a_checkpoint_that_was_replaced_meanwhile_is_left_alone(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_replaced_meanwhile_is_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "best.ckpt"
     evaluated = a_checkpoint()
     save_checkpoint(replace(evaluated, step=91), path)
     content = path.read_bytes()
-    with pytest.raises(CheckpointError, match="has changed while it was evaluated"):
+    with pytest.raises(
+        CheckpointError, match="has changed during the evaluation; evaluate it again"
+    ):
         store_threshold(path, evaluated, {"verification": VERIFICATION})
     assert path.read_bytes() == content
 
@@ -128,6 +130,6 @@ def test_fit_and_evaluate_store_a_threshold_and_the_extractor_has_it(
     assert f"{stored['threshold']:.4f}" in done.stdout
 
 
-def test_a_threshold_of_feature_files_has_no_place(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_threshold_of_feature_files_cannot_be_stored(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--query=q.npz", "--gallery=g.npz", "--save_threshold"]) == 2
     assert "give --ckpt FILE" in capsys.readouterr().err
