@@ -23,7 +23,7 @@ def an_image(height: int = 64, width: int = 32, batch: int = 2) -> Tensor:
 
 
 def with_random_statistics(net: nn.Module) -> nn.Module:
-    """A network whose normalisations do something, as after training."""
+    """A network whose normalisations are not the identity, as after training."""
     generator = torch.Generator().manual_seed(1)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -37,7 +37,7 @@ def with_random_statistics(net: nn.Module) -> nn.Module:
 
 
 def torchvision_map(net: torchvision.models.ResNet, images: Tensor) -> Tensor:
-    """torchvision's own forward without its pooling and classifier."""
+    """torchvision's forward pass without its pooling and classifier."""
     x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
     result: Tensor = net.layer4(net.layer3(net.layer2(net.layer1(x))))
     return result
@@ -99,7 +99,7 @@ def test_last_stride_one_keeps_a_map_of_16_by_8_and_dilates_nothing() -> None:
 
 
 @pytest.mark.parametrize("stem_relu", [True, False])
-def test_the_stem_has_a_relu_only_if_asked_for(stem_relu: bool) -> None:
+def test_the_stem_has_a_relu_only_with_stem_relu(stem_relu: bool) -> None:
     backbone = BACKBONES.build("resnet18", pretrained="none", stem_relu=stem_relu).eval()
     seen: list[Tensor] = []
     pool = backbone.get_submodule("net.maxpool")
@@ -107,7 +107,7 @@ def test_the_stem_has_a_relu_only_if_asked_for(stem_relu: bool) -> None:
     with torch.no_grad():
         found = backbone(an_image())
     assert (seen[0] < 0).any().item() is not stem_relu
-    # The blocks keep theirs.
+    # The blocks keep their ReLUs.
     assert (found >= 0).all()
 
 
@@ -149,7 +149,7 @@ def test_a_vision_transformer_takes_the_size_of_a_crop() -> None:
         with torch.no_grad():
             shapes[tokens] = vit.eval()(image).shape
         assert vit.dim == 192
-    # 16 x 8 patches, and a class token that stands first.
+    # 16 x 8 patches, after a class token.
     assert shapes == {"auto": (2, 1, 192), "class": (2, 1, 192), "patch": (2, 128, 192)}
 
 
@@ -166,13 +166,13 @@ def test_class_and_patch_tokens_are_parts_of_what_timm_returns() -> None:
         assert torch.equal(patches(an_image()), whole[:, 1:])
 
 
-def test_a_model_without_class_token_says_so() -> None:
+def test_a_model_without_class_token_refuses_to_pool_it() -> None:
     with pytest.raises(ReidregError, match="convnext_atto has no class token; use patch"):
         BACKBONES.build("timm", model="convnext_atto", pretrained="none", tokens="class")
 
 
 @pytest.mark.parametrize("model", ["swin_tiny_patch4_window7_224", "convnext_atto", "resnet18"])
-def test_maps_of_timm_come_with_their_channels_first(model: str) -> None:
+def test_maps_of_timm_have_their_channels_first(model: str) -> None:
     backbone = BACKBONES.build("timm", model=model, pretrained="none", input_size=(128, 64)).eval()
     with torch.no_grad():
         found = backbone(an_image(128, 64))
@@ -200,7 +200,7 @@ def test_square_position_embeddings_of_a_file_are_fitted_to_the_input_size(tmp_p
     assert torch.equal(loaded["pos_embed"][:, 0], source["pos_embed"][:, 0])
 
 
-def test_weights_of_the_same_size_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_weights_of_the_same_size_are_not_converted(tmp_path: Path) -> None:
     options = {"model": "vit_tiny_patch16_224", "input_size": (64, 32)}
     torch.manual_seed(4)
     trained = BACKBONES.build("timm", **options, pretrained="none")
@@ -225,7 +225,7 @@ def test_windows_of_a_swin_are_fitted_to_the_input_size(tmp_path: Path) -> None:
 
 
 def test_position_embeddings_that_cannot_be_fitted_are_an_error_of_one_line(tmp_path: Path) -> None:
-    # 11 x 5 places: timm takes what it fits for a square.
+    # 11 x 5 positions: timm assumes that position embeddings are square.
     tall = timm.create_model("vit_tiny_patch16_224", img_size=(176, 80))
     torch.save(tall.state_dict(), tmp_path / "tall.pth")
     vit = BACKBONES.build(
@@ -247,12 +247,12 @@ def test_weights_of_a_wider_transformer_are_refused(tmp_path: Path) -> None:
     assert "\n" not in str(info.value)
 
 
-def test_a_model_that_timm_does_not_have_is_refused_with_those_that_are_near() -> None:
+def test_an_unknown_timm_model_is_refused_with_similar_names() -> None:
     with pytest.raises(ConfigError, match=r"model: .*'vit_smal_patch16_224'; did you mean vit_"):
         BACKBONES.build("timm", model="vit_smal_patch16_224", pretrained="none")
 
 
-def test_no_weights_are_loaded_where_none_are_asked_for() -> None:
+def test_no_weights_are_loaded_with_pretrained_none() -> None:
     for backbone in (
         BACKBONES.build("resnet18", pretrained="none"),
         BACKBONES.build("timm", model="convnext_atto", pretrained="none"),

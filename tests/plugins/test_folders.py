@@ -1,4 +1,4 @@
-"""Data sets in folders: names to people and cameras, and what is said of a wrong folder."""
+"""Data sets in folders: names to pids and camids, and the errors for a wrong folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def touch(folder: Path, names: Iterable[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     first, *others = names
     (folder / first).touch()
-    for name in others:  # a quarter of what a new file costs
+    for name in others:  # a link takes a quarter of the time of a new file
         os.link(folder / first, folder / name)
     return folder
 
@@ -59,7 +59,7 @@ def message(dataset: Dataset, split: str = "query") -> str:
 
 def test_names_of_aihub_give_the_person_and_the_camera(tmp_path: Path) -> None:
     dataset = aihub(aihub_folders(tmp_path))
-    # Person 0 is a person, leading zeros go, and cameras keep their numbers.
+    # Pid 0 is an identity, leading zeros are dropped, and cameras keep their numbers.
     assert ids(dataset.train) == [(0, 7), (1, 4), (74, 14)]
     assert ids(dataset.query) == [(1001, 4), (1001, 16), (1099, 9)]
     assert ids(dataset.gallery) == [(1001, 4), (1002, 10)]
@@ -80,9 +80,7 @@ def test_all_sixteen_cameras_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("above", ["2025_c1s/0007_c3s1_000001.jpg", "9999_c9s9_999999", "_c1s"])
-def test_a_folder_whose_name_looks_like_an_image_is_not_taken_for_one(
-    above: str, tmp_path: Path
-) -> None:
+def test_a_folder_whose_name_looks_like_an_image_is_no_image(above: str, tmp_path: Path) -> None:
     dataset = aihub(aihub_folders(tmp_path / above))
     assert ids(dataset.train) == [(0, 7), (1, 4), (74, 14)]
     market = DATASETS.build("market1501", root=str(market_folders(tmp_path / above / "market")))
@@ -130,7 +128,7 @@ def test_a_list_of_training_folders_is_one_training_set(tmp_path: Path) -> None:
     aihub_folders(tmp_path)
     touch(tmp_path / "bounding_box_train_2", ["0001_c05s31_000100.jpg", "0300_c05s31_000100.jpg"])
     both = aihub(tmp_path, train_folder=["bounding_box_train_1", "bounding_box_train_2"])
-    # Person 1 is in both folders, and is one person.
+    # Pid 1 is in both folders and is one identity.
     assert split_statistics(both.train) == (4, 5, 4)
     assert ids(both.train)[3:] == [(1, 5), (300, 5)]
     assert both.folders()["train"].count("bounding_box_train_") == 2
@@ -207,15 +205,15 @@ def test_a_few_odd_names_are_left_out_and_noted_once(tmp_path: Path) -> None:
     assert "6 of 101 names are not like" in words and "copy of 0.jpg" in words
 
 
-# --------------------------------------------------------------------- what is missing
+# --------------------------------------------------------------------- missing folders
 
 
-def test_a_root_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_root_is_an_error_that_names_it(tmp_path: Path) -> None:
     words = message(aihub(tmp_path / "nowhere"))
     assert "there is no" in words and "--dataset.root" in words and "nowhere" in words
 
 
-def test_a_missing_folder_is_said_with_those_that_are_there(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error_that_names_the_others(tmp_path: Path) -> None:
     aihub_folders(tmp_path)
     words = message(aihub(tmp_path, train_folder="bounding_box_train_3"), "train")
     assert "bounding_box_train_3 is missing" in words
@@ -237,26 +235,26 @@ def test_an_archive_beside_a_missing_folder_is_named_with_the_command(
     command = words.partition("`")[2].rpartition("`")[0]
     assert shlex.split(command)[:2] == ["unzip", "-n"]
     assert shlex.split(command)[2:] == [str(folder / "query.zip"), "-d", str(folder)]
-    # What the command does, without needing it here.
+    # What the command does, without running it.
     with zipfile.ZipFile(shlex.split(command)[2]) as archive:
         archive.extractall(shlex.split(command)[4])
     assert ids(aihub(tmp_path / "my data").query) == [(1001, 4)]
 
 
-def test_an_empty_folder_is_said(tmp_path: Path) -> None:
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     aihub_folders(tmp_path)
     touch(tmp_path / "bounding_box_test_2", ["notes.txt"])
     words = message(aihub(tmp_path, gallery_folder="bounding_box_test_2"), "gallery")
     assert "bounding_box_test_2 holds no images" in words
 
 
-def test_a_file_in_the_place_of_a_folder_is_said(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_an_error(tmp_path: Path) -> None:
     aihub_folders(tmp_path)
     (tmp_path / "train").write_text("")
     assert "train is missing" in message(aihub(tmp_path, train_folder="train"), "train")
 
 
-def test_a_split_is_read_only_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_split_is_read_only_when_it_is_used(tmp_path: Path) -> None:
     touch(tmp_path / "query", QUERY)
     assert len(aihub(tmp_path).query) == 3
 
@@ -303,7 +301,7 @@ def test_market_notes_junk_distractors_and_other_counts_than_the_published(tmp_p
     ]
 
 
-def test_names_of_aihub_are_not_read_as_markets(tmp_path: Path) -> None:
+def test_names_of_aihub_are_not_names_of_market(tmp_path: Path) -> None:
     touch(tmp_path / "query", QUERY)
     assert "3 of 3 names are not like 0002_c1s1_000451_03.jpg" in message(market(tmp_path))
 
@@ -325,7 +323,7 @@ def test_the_whole_of_aihub_is_read_in_less_than_three_seconds(tmp_path: Path) -
             ),
         )
         first_pid += identities
-    # Once more where it is too slow: others may be using the machine.
+    # A second try, in case other processes were using the machine.
     for _ in range(2):
         start = time.perf_counter()
         dataset = aihub(tmp_path, train_folder=folders)

@@ -1,4 +1,4 @@
-"""Heads: what is pooled, what is normalised, what retrieval gets."""
+"""Heads: pooling, normalisation, and the features of losses and retrieval."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_bnneck_starts_with_a_frozen_shift_and_a_classifier_near_zero() -> None:
     assert classifier.weight.std().item() == pytest.approx(0.001, rel=0.02)
 
 
-def test_bnneck_gives_the_feature_before_the_neck_and_logits_from_behind_it() -> None:
+def test_bnneck_gives_the_feature_before_the_neck_and_logits_after_it() -> None:
     head, features = bnneck(), a_map()
     output = head(features)
     pooled = features.mean(dim=(2, 3))
@@ -47,13 +47,13 @@ def test_bnneck_gives_the_feature_before_the_neck_and_logits_from_behind_it() ->
 
 
 @pytest.mark.parametrize("feature", ["after", "before"])
-def test_retrieval_gets_the_feature_that_was_asked_for(feature: str) -> None:
+def test_retrieval_uses_the_configured_feature(feature: str) -> None:
     head = bnneck(feature=feature)
     for _ in range(3):
         head(a_map())
     head.eval()
     output = head(a_map())
-    # In evaluation the neck uses what it saw in training.
+    # In evaluation the neck uses its running statistics.
     neck = head.get_submodule("neck")
     assert isinstance(neck, nn.BatchNorm1d)
     assert neck.running_mean is not None and neck.running_var is not None
@@ -64,7 +64,7 @@ def test_retrieval_gets_the_feature_that_was_asked_for(feature: str) -> None:
     assert torch.allclose(output.features, pooled, atol=1e-6)
 
 
-def test_running_statistics_move_in_training_and_rest_in_evaluation() -> None:
+def test_running_statistics_change_in_training_only() -> None:
     head = bnneck()
     pooled = a_map().mean(dim=(2, 3))
     head(a_map())
@@ -77,7 +77,7 @@ def test_running_statistics_move_in_training_and_rest_in_evaluation() -> None:
     assert torch.equal(mean, before[0]) and torch.equal(var, before[1])
 
 
-def test_an_image_alone_can_be_embedded_but_not_trained_on() -> None:
+def test_a_single_image_can_be_embedded_but_not_trained_on() -> None:
     head = bnneck()
     with pytest.raises(ValueError, match="more than 1 value"):
         head(a_map(1))
@@ -86,7 +86,7 @@ def test_an_image_alone_can_be_embedded_but_not_trained_on() -> None:
     assert torch.allclose(head(a_map()[:1]).embeddings, together[:1], atol=1e-6)
 
 
-def test_metric_losses_leave_the_classifier_alone_and_the_neck_free() -> None:
+def test_metric_losses_give_no_gradient_to_neck_and_classifier() -> None:
     head = bnneck()
     features = a_map().requires_grad_()
     head(features).features.sum().backward()
@@ -110,7 +110,7 @@ def test_linear_is_a_classifier_on_the_pooled_feature() -> None:
 
 @pytest.mark.parametrize("name", ["bnneck", "linear"])
 @pytest.mark.parametrize("pooling", ["avg", "max", "gem"])
-def test_tokens_are_pooled_like_the_places_of_a_map(name: str, pooling: str) -> None:
+def test_tokens_are_pooled_like_the_positions_of_a_map(name: str, pooling: str) -> None:
     torch.manual_seed(0)
     head = HEADS.build(name, num_classes=20, dim=6, pooling=pooling).eval()
     tokens = a_map().flatten(2).transpose(1, 2)
@@ -119,34 +119,36 @@ def test_tokens_are_pooled_like_the_places_of_a_map(name: str, pooling: str) -> 
 
 
 def test_average_and_maximum_by_hand() -> None:
-    places = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]], [[-4.0, -1.0], [-2.0, -1.0]]]])
-    assert torch.equal(Pool("avg")(places), torch.tensor([[3.0, -2.0]]))
-    assert torch.equal(Pool("max")(places), torch.tensor([[6.0, -1.0]]))
+    positions = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]], [[-4.0, -1.0], [-2.0, -1.0]]]])
+    assert torch.equal(Pool("avg")(positions), torch.tensor([[3.0, -2.0]]))
+    assert torch.equal(Pool("max")(positions), torch.tensor([[6.0, -1.0]]))
 
 
 def test_gem_is_the_mean_at_one_and_tends_to_the_maximum() -> None:
-    places = a_map().flatten(2) + 0.1
-    assert torch.allclose(GeM(p=1.0)(places), places.mean(dim=2), atol=1e-6)
-    gaps = [(places.amax(dim=2) - GeM(p=p)(places)).max().item() for p in (1.0, 3.0, 20.0, 60.0)]
+    positions = a_map().flatten(2) + 0.1
+    assert torch.allclose(GeM(p=1.0)(positions), positions.mean(dim=2), atol=1e-6)
+    gaps = [
+        (positions.amax(dim=2) - GeM(p=p)(positions)).max().item() for p in (1.0, 3.0, 20.0, 60.0)
+    ]
     assert gaps == sorted(gaps, reverse=True)
     assert 0 <= gaps[-1] < 0.04
 
 
 def test_gem_by_hand_and_its_power_is_learned() -> None:
     gem = GeM()
-    places = torch.tensor([[[1.0, 2.0, 3.0]]])
-    value = gem(places)
+    positions = torch.tensor([[[1.0, 2.0, 3.0]]])
+    value = gem(positions)
     assert value.item() == pytest.approx(((1 + 8 + 27) / 3) ** (1 / 3), rel=1e-6)
     value.sum().backward()
-    # A larger power gives more to the larger values.
+    # A larger power weights larger values more.
     assert gem.p.grad is not None and gem.p.grad.item() > 0
 
 
 def test_gem_of_zeros_and_negatives_is_finite_with_its_gradients() -> None:
     gem = GeM()
-    places = torch.tensor([[[0.0, 0.0], [-1.0, -2.0]]], requires_grad=True)
-    pooled = gem(places)
+    positions = torch.tensor([[[0.0, 0.0], [-1.0, -2.0]]], requires_grad=True)
+    pooled = gem(positions)
     pooled.sum().backward()
     assert torch.allclose(pooled, torch.full((1, 2), 1e-6))
-    assert places.grad is not None and places.grad.isfinite().all()
+    assert positions.grad is not None and positions.grad.isfinite().all()
     assert gem.p.grad is not None and gem.p.grad.isfinite().all()

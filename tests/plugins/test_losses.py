@@ -1,4 +1,4 @@
-"""Losses against worked numbers and plain loops."""
+"""Losses against worked examples and plain loops."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_cross_entropy_of_a_zero_classifier_is_ln_of_the_number_of_identities(sh
 
 
 def test_smoothing_keeps_the_loss_above_the_entropy_of_its_target() -> None:
-    # q is 0.9 + 0.1/188 once and 0.1/188 in the 187 other places.
+    # q is 0.9 + 0.1/188 for one class and 0.1/188 for the 187 others.
     high, low = 0.9 + 0.1 / 188, 0.1 / 188
     floor = -high * math.log(high) - 187 * low * math.log(low)
     assert floor == pytest.approx(0.8442, abs=1e-4)
@@ -66,7 +66,7 @@ def test_smoothing_keeps_the_loss_above_the_entropy_of_its_target() -> None:
     for scale in (0.1, 1.0, 30.0):
         other = best + scale * torch.randn(2, 188, generator=generator)
         assert loss(output_of(other, other), pids).item() > floor
-    # Certainty, which plain cross-entropy rewards without end, costs more than the target itself.
+    # Full certainty, the minimum of plain cross-entropy, costs more than the target itself.
     certain = torch.zeros(2, 188).index_put((torch.arange(2), pids), torch.tensor(100.0))
     assert loss(output_of(certain, certain), pids).item() > floor + 1
 
@@ -90,7 +90,7 @@ def test_triplet_of_a_worked_example() -> None:
     # On a line: person 0 at 0 and 3, person 1 at 4 and 10.
     features = torch.tensor([[0.0], [3.0], [4.0], [10.0]])
     pids = torch.tensor([0, 0, 1, 1])
-    # (farthest own, nearest other): (3, 4), (3, 1), (6, 1), (6, 7); plus 0.3, above zero.
+    # (hardest positive, hardest negative): (3, 4), (3, 1), (6, 1), (6, 7); margin 0.3, at least 0.
     expected = (0 + 2.3 + 5.3 + 0) / 4
     value = LOSSES.build("triplet", margin=0.3)(output_of(features), pids)
     assert value.item() == pytest.approx(expected, rel=1e-6)
@@ -115,10 +115,10 @@ def test_triplet_is_that_of_three_loops(dtype: torch.dtype, margin: float | None
         )
 
 
-def test_an_image_alone_is_its_own_positive() -> None:
+def test_the_only_image_of_an_identity_is_its_own_positive() -> None:
     features = torch.tensor([[0.0], [1.0], [9.0]])
     value = LOSSES.build("triplet", margin=2.0)(output_of(features), torch.tensor([0, 1, 2]))
-    # Distances to the nearest other: 1, 1, 8; the own distance is zero.
+    # Hardest negatives: 1, 1, 8; hardest positives: 0.
     assert value.item() == pytest.approx((1 + 1 + 0) / 3, abs=1e-5)
 
 
@@ -130,7 +130,7 @@ def test_the_soft_margin_is_log_of_one_plus_exp() -> None:
 
 
 @pytest.mark.parametrize("margin", [0.3, None])
-def test_a_batch_of_one_identity_costs_nothing_and_moves_nothing(margin: float | None) -> None:
+def test_a_batch_of_one_identity_has_no_loss_and_no_gradient(margin: float | None) -> None:
     features = torch.randn(4, 3, generator=torch.Generator().manual_seed(3)).requires_grad_()
     value = LOSSES.build("triplet", margin=margin)(output_of(features), torch.zeros(4).long())
     value.backward()
@@ -147,7 +147,7 @@ def test_equal_images_have_a_finite_gradient(margin: float | None) -> None:
     assert features.grad is not None and features.grad.isfinite().all()
 
 
-def test_the_gradient_of_triplet_points_from_the_nearest_other_to_the_farthest_own() -> None:
+def test_the_gradient_of_triplet_goes_from_the_hardest_negative_to_the_positive() -> None:
     features = torch.tensor([[0.0], [3.0], [4.0], [10.0]], requires_grad=True)
     LOSSES.build("triplet", margin=0.3)(output_of(features), torch.tensor([0, 0, 1, 1])).backward()
     # Anchors 1 and 2 are active: |3-0| - |3-4| and |4-10| - |4-3|, each a quarter.

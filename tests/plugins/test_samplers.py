@@ -1,4 +1,4 @@
-"""Batches of identities: what is in them, how many there are, and that a seed fixes them."""
+"""Samplers: the content and number of batches, and that the seed determines them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_batches(pids: Sequence[int], batches: list[list[int]], size: int, inst
 
 
 def greedy_batches(chunks: Sequence[int], identities: int) -> int:
-    """How many batches come of always taking the identities that have the most left."""
+    """The number of batches when each takes the identities with the most chunks left."""
     left, batches = sorted(chunks, reverse=True), 0
     while len(left) >= identities and left[identities - 1] > 0:
         left[:identities] = [count - 1 for count in left[:identities]]
@@ -68,7 +68,7 @@ pid_lists = st.lists(st.integers(0, 9), min_size=4, max_size=80).filter(lambda x
 
 @settings(deadline=None, max_examples=150)
 @given(pids=pid_lists, instances=st.integers(1, 5), seed=st.integers(0, 99), data=st.data())
-def test_any_data_gives_whole_batches_as_many_as_promised(
+def test_any_data_gives_complete_batches_as_many_as_len_says(
     pids: list[int], instances: int, seed: int, data: st.DataObject
 ) -> None:
     identities = data.draw(st.integers(2, len(set(pids))))
@@ -111,7 +111,7 @@ def test_an_epoch_uses_all_images_where_all_identities_have_as_many() -> None:
     assert sorted(index for batch in batches for index in batch) == list(range(128))
 
 
-def test_seed_and_epoch_fix_the_batches_in_whatever_order_they_are_asked_for() -> None:
+def test_seed_and_epoch_determine_the_batches_in_any_order_of_epochs() -> None:
     sampler, again = identity(AIHUB, 64, 4, seed=3), identity(AIHUB, 64, 4, seed=3)
     first = {epoch: epoch_of(sampler, epoch) for epoch in (0, 1, 2)}
     for epoch in (2, 0, 1):
@@ -137,7 +137,7 @@ def test_an_identity_with_fewer_images_than_instances_repeats_them() -> None:
         assert all(used[i] == 1 for i in (6, 7, 8, 9))
 
 
-def test_too_few_identities_are_an_error_that_says_what_fits() -> None:
+def test_too_few_identities_are_an_error_with_a_batch_size_that_fits() -> None:
     with pytest.raises(
         DataError, match="need 16 identities, the train split has 3; use at most 12"
     ):
@@ -155,7 +155,7 @@ def test_too_few_identities_are_an_error_that_says_what_fits() -> None:
         (64, 0, "0 is out of range; it must be at least 1"),
     ],
 )
-def test_a_batch_that_does_not_hold_whole_identities_is_refused_with_what_would(
+def test_a_wrong_batch_size_is_refused_with_one_that_fits(
     batch_size: int, instances: int, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -192,7 +192,7 @@ def test_ranks_that_cannot_share_identities_evenly_are_refused() -> None:
 
 
 def test_the_mix_of_identities_is_the_same_from_the_first_batch_to_the_last() -> None:
-    # Where batches draw identities uniformly, the large ones are left for the end.
+    # With uniform draws, identities of many images would be left for the end.
     sampler, sizes = identity(AIHUB, 64, 4), Counter(AIHUB)
     first, last, whole = [], [], []
     for epoch in range(6):
@@ -208,7 +208,7 @@ def test_the_mix_of_identities_is_the_same_from_the_first_batch_to_the_last() ->
     assert np.mean(whole) == pytest.approx(data, rel=0.05)
 
 
-def test_the_images_of_an_identity_come_together_in_new_company_each_epoch() -> None:
+def test_the_images_of_an_identity_are_grouped_differently_in_each_epoch() -> None:
     pids = [pid for pid in range(8) for _ in range(12)]
     sampler = identity(pids, 16, 4)
     pairs: Counter[tuple[int, int]] = Counter()
@@ -216,7 +216,7 @@ def test_the_images_of_an_identity_come_together_in_new_company_each_epoch() -> 
         for batch in epoch_of(sampler, epoch):
             own = [i for i in batch if pids[i] == 0]
             pairs.update((a, b) for a in own for b in own if a < b)
-    # 66 pairs; of an image's 11 companions 3 are with it: 200 * 3 / 11 times each.
+    # 66 pairs; 3 of the 11 other images share a batch with an image: 200 * 3 / 11 times each.
     assert len(pairs) == 66
     assert all(30 < times < 85 for times in pairs.values())
 

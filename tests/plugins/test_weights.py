@@ -1,4 +1,4 @@
-"""Weights files: every usual form loads, nothing in one runs, and damage is said in a line."""
+"""Weights files: every usual format loads, no code in one runs, damage is an error of one line."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ WRITERS: dict[str, Callable[[State, Path], None]] = {
 
 
 @pytest.mark.parametrize("form", WRITERS)
-def test_every_usual_form_of_a_file_loads(form: str, state: State, tmp_path: Path) -> None:
+def test_every_usual_format_of_a_file_loads(form: str, state: State, tmp_path: Path) -> None:
     WRITERS[form](state, tmp_path / form)
     backbone, report = load(tmp_path / form)
     assert holds(backbone, state)
@@ -88,7 +88,7 @@ def test_a_file_of_timm_loads(tmp_path: Path) -> None:
     assert holds(load(tmp_path / "timm.pth")[0], source.state_dict())
 
 
-def test_a_file_of_this_projects_own_backbone_loads(tmp_path: Path) -> None:
+def test_a_state_dict_of_our_own_backbone_loads(tmp_path: Path) -> None:
     source = BACKBONES.build("resnet18", pretrained="none")
     torch.save(source.state_dict(), tmp_path / "own.pth")
     backbone, report = load(tmp_path / "own.pth")
@@ -96,7 +96,7 @@ def test_a_file_of_this_projects_own_backbone_loads(tmp_path: Path) -> None:
     assert "left out" not in report and "missing" not in report
 
 
-def test_counters_that_older_files_lack_are_not_missed(state: State, tmp_path: Path) -> None:
+def test_counters_that_older_files_lack_are_not_reported(state: State, tmp_path: Path) -> None:
     old = {key: v for key, v in state.items() if not key.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / "old.pth")
     _, report = load(tmp_path / "old.pth")
@@ -128,7 +128,7 @@ def test_refused_weights_leave_the_module_as_it_was(state: State, tmp_path: Path
     assert all(torch.equal(v, before[key]) for key, v in backbone.state_dict().items())
 
 
-def test_prefixes_go_only_as_far_as_keys_match() -> None:
+def test_prefixes_are_removed_only_as_far_as_keys_match() -> None:
     own = {"model.weight": torch.zeros(1), "model.bias": torch.zeros(1)}
     assert without_prefix(own, own).keys() == own.keys()
     assert without_prefix(prefixed(own, "module."), own).keys() == own.keys()
@@ -136,11 +136,11 @@ def test_prefixes_go_only_as_far_as_keys_match() -> None:
     assert without_prefix({}, own) == {}
 
 
-# --------------------------------------------------------------------- nothing in a file runs
+# --------------------------------------------------------------------- code in a file
 
 
 class Calls:
-    """Pickles as a call of a function."""
+    """Unpickles as the call of a function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -182,7 +182,7 @@ def test_code_in_a_file_is_not_run(gadget: str, form: str, protocol: int, tmp_pa
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_the_message_for_python_objects_says_what_to_save_instead(tmp_path: Path) -> None:
+def test_the_error_for_python_objects_says_what_to_save_instead(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
     with pytest.raises(DataError, match=r"save model\.state_dict\(\)"):
         read_weights(tmp_path / "model.pth")
@@ -204,7 +204,7 @@ def test_the_message_for_python_objects_says_what_to_save_instead(tmp_path: Path
     ],
     ids=["empty", "html", "git-lfs", "zip", "pickle", "bytes"],
 )
-def test_what_is_no_weights_file_is_said_in_a_line(
+def test_a_file_that_holds_no_weights_is_an_error_of_one_line(
     content: bytes, suffix: str, tmp_path: Path
 ) -> None:
     path = tmp_path / f"weights{suffix}"
@@ -214,7 +214,7 @@ def test_what_is_no_weights_file_is_said_in_a_line(
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_a_page_saved_in_place_of_weights_is_recognisable(tmp_path: Path) -> None:
+def test_the_error_for_a_saved_web_page_shows_its_beginning(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_text("<html>not found</html>")
     with pytest.raises(DataError, match="no weights file .*<html>"):
         read_weights(tmp_path / "w.pth")
@@ -241,7 +241,7 @@ def test_truncated_and_garbled_files_are_data_errors_of_one_line(form: str, tmp_
         for _ in range(rng.randrange(1, 30)):
             garbled[rng.randrange(len(garbled))] = rng.randrange(256)
         path.write_bytes(garbled)
-        # Bytes of a tensor's values may change without a trace; all else is a DataError.
+        # Changed values of a tensor go unnoticed; everything else is a DataError.
         try:
             read_weights(path)
         except DataError as error:
@@ -261,7 +261,7 @@ def test_a_file_without_tensors_by_name_is_refused(content: Any, tmp_path: Path)
         read_weights(tmp_path / "w.pth")
 
 
-def test_a_mapping_that_holds_itself_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_mapping_that_contains_itself_is_refused(tmp_path: Path) -> None:
     content: dict[str, Any] = {}
     content["model"] = content
     torch.save(content, tmp_path / "w.pth")
@@ -285,7 +285,7 @@ def test_a_folder_is_no_weights_file(tmp_path: Path) -> None:
             read_weights(tmp_path / name)
 
 
-def test_a_converter_sees_only_weights_that_do_not_fit(tmp_path: Path) -> None:
+def test_only_weights_that_do_not_fit_are_converted(tmp_path: Path) -> None:
     module, calls = nn.Linear(2, 3), []
 
     def widen(state: State) -> State:

@@ -22,11 +22,11 @@ def load_from_hub(module: nn.Module, name: str, **options: Any) -> str:
         A line that says what was loaded.
 
     Raises:
-        DataError: The hub cannot be reached and the cache does not have them.
+        DataError: The weights are not in the cache and the hub cannot be reached.
     """
     import timm
 
-    # The hub's client tells of each of its tries; what counts is said once, below.
+    # The hub's client logs every retry; the error below says what matters once.
     client = logging.getLogger("huggingface_hub")
     level = client.level
     client.setLevel(logging.ERROR)

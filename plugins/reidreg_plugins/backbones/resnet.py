@@ -1,4 +1,4 @@
-"""ResNets of timm with the stride of re-identification."""
+"""ResNets of timm with the last stride of re-identification models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ResNet(Backbone):
 
     Args:
         pretrained: imagenet (torchvision's V1), none, or a file of torchvision's or timm's weights.
-        last_stride: Stride of the last stage; 1 keeps a 16 x 8 map of a 256 x 128 image.
-        stem_relu: Whether the stem has its ReLU; the published reid-strong-baseline lacks it.
+        last_stride: Stride of the last stage; 1 gives a 16 x 8 map for a 256 x 128 image.
+        stem_relu: Whether the stem has its ReLU; the published reid-strong-baseline has none.
     """
 
     depth: ClassVar[int]
@@ -46,7 +46,7 @@ class ResNet(Backbone):
 
     @staticmethod
     def check(options: Mapping[str, Any]) -> None:
-        """Raise ValueError for weights that are not there."""
+        """Raise ValueError for a weights file that does not exist."""
         check_pretrained(options["pretrained"])
 
     def forward(self, images: Tensor, camids: Tensor | None = None) -> Tensor:
@@ -63,9 +63,9 @@ class ResNet(Backbone):
 
 
 def remove_last_stride(net: nn.Module) -> None:
-    """Have layer4 keep the size of layer3's map, and change nothing else.
+    """Give layer4 stride 1, so that its map has the size of layer3's.
 
-    timm's `output_stride=16` does more: it dilates the layer's other convolutions.
+    timm's `output_stride=16` would also dilate the other convolutions of the layer.
     """
     for module in net.get_submodule("layer4.0").modules():
         if isinstance(module, nn.Conv2d) and module.stride == (2, 2):

@@ -29,8 +29,8 @@ class TimmBackbone(Backbone):
 
     Args:
         model: timm's name, such as convnext_tiny.fb_in22k or vit_small_patch16_224.augreg_in21k.
-        pretrained: imagenet for the weights that the name stands for, none, or a file.
-        tokens: Of a transformer, which tokens the head pools; auto is the model's own choice.
+        pretrained: imagenet for timm's weights of that name, none, or a file.
+        tokens: Which tokens of a transformer the head pools; auto is the model's default.
         drop_path: Rate of stochastic depth.
     """
 
@@ -50,7 +50,7 @@ class TimmBackbone(Backbone):
         self._options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         sized = {**self._options, "img_size": input_size}
         try:
-            # Transformers must know the size; convolutional models do not take it.
+            # Transformers need the size; convolutional models do not accept it.
             self.net: Any = timm.create_model(model, num_classes=0, **sized)
             self._options = sized
         except TypeError:
@@ -68,7 +68,7 @@ class TimmBackbone(Backbone):
 
     @staticmethod
     def check(options: Mapping[str, Any]) -> None:
-        """Raise ValueError for a model that timm does not have, or weights that are not there."""
+        """Raise ValueError for a model that timm does not have, or a missing weights file."""
         import difflib
 
         import timm
@@ -96,7 +96,7 @@ class TimmBackbone(Backbone):
         return load_from_hub(self.net, self.model, **self._options)
 
     def _converted(self, weights: Weights) -> Weights:
-        """Weights as timm fits them to a model: position embeddings to its grid, foreign names."""
+        """Weights as timm converts them for a model: position embeddings resized, keys renamed."""
         import timm
 
         family = importlib.import_module(timm.model_entrypoint(self.model).__module__)
@@ -104,6 +104,6 @@ class TimmBackbone(Backbone):
         if convert is None:
             return weights
         with warnings.catch_warnings():
-            # timm's resizing uses torch in ways that torch frowns at; users cannot help it.
+            # timm's resizing triggers warnings of torch that users can do nothing about.
             warnings.simplefilter("ignore")
             return dict(convert(weights, self.net))

@@ -1,4 +1,4 @@
-"""How a network begins that no pretrained weights are loaded into."""
+"""The initial weights of a network without pretrained ones."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from torch import nn
 
 
 def draw_weights(net: nn.Module) -> None:
-    """Draw the weights of a network's convolutions and set its batch normalisations to identity.
+    """Initialise the convolutions of a network at random, and its batch normalisations as identity.
 
-    A weight is uniform in +-1/sqrt(fan-in), torch's default and the reference system's start; every
-    gain is one. timm starts the last gain of each residual branch at zero, which suits hundreds of
-    epochs of large batches (Goyal et al., Accurate, Large Minibatch SGD, 2017): in the few thousand
-    steps of re-identification the branches then hardly take part. Its weights are also larger, and
-    under normalisation a larger weight is one that the same learning rate changes less. See
-    `benchmarks/README.md` for what each of the two costs.
+    Weights are uniform in +-1/sqrt(fan-in), torch's default, as in reid-strong-baseline; every gain
+    is one. timm sets the last gain of each residual branch to zero, which suits hundreds of epochs
+    of large batches (Goyal et al., Accurate, Large Minibatch SGD, 2017): in the few thousand steps
+    of re-identification the branches then contribute little. Its weights are also larger, and under
+    normalisation the same learning rate changes larger weights less. `benchmarks/README.md` has the
+    cost of each.
 
     Args:
-        net: Any network; modules of other kinds keep what they have.
+        net: Any network; other modules keep their weights.
     """
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):

@@ -1,4 +1,4 @@
-"""Pretrained weights from local files: read safely, fitted, and reported."""
+"""Pretrained weights from local files: read safely, converted if necessary, and reported."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from reidreg import DataError
 
-# What training scripts wrap a state dict in, and what they put before its keys.
+# Keys under which training scripts store a state dict, and prefixes that they add to its keys.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "teacher", "net")
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "base.", "model.", "encoder.", "net.")
-# Of a zip archive and of a pickle, the two forms that torch.save writes.
-BEGINNINGS = (b"PK", b"\x80")
+# First bytes of a zip archive and of a pickle, the two formats that torch.save writes.
+MAGIC = (b"PK", b"\x80")
 
 Weights = dict[str, Tensor]
 
@@ -29,7 +29,7 @@ def is_file(pretrained: str) -> bool:
 
 
 def check_pretrained(pretrained: str) -> None:
-    """Raise ValueError unless the option is `imagenet`, `none` or a file that is there."""
+    """Raise ValueError unless the option is `imagenet`, `none` or an existing file."""
     if is_file(pretrained) and not Path(pretrained).expanduser().is_file():
         raise ValueError(
             f"pretrained: {pretrained!r} is neither imagenet, nor none, nor a file that is there"
@@ -54,21 +54,21 @@ def read_weights(path: str | Path) -> Weights:
         raise DataError(f"no weights file at {path}") from error
     except pickle.UnpicklingError as error:
         raise DataError(
-            f"{path} holds Python objects, not tensors alone; loading it could run code, so save "
-            "model.state_dict() from where it came"
+            f"{path} holds Python objects, not tensors alone, and loading it could run code; save "
+            "model.state_dict() with the program that wrote it"
         ) from error
-    except Exception as error:  # damage makes a pickle raise whatever its next opcode meets
+    except Exception as error:  # unpickling a damaged file can raise anything
         raise DataError(f"{path} is damaged or no weights file ({_reason(error)})") from error
     return _unwrapped(content, path)
 
 
 def _load_pickled(path: Path) -> Any:
     with path.open("rb") as file:
-        beginning = file.read(16)
-    if not beginning.startswith(BEGINNINGS):
-        raise ValueError(f"it begins with {beginning!r}")
+        start = file.read(16)
+    if not start.startswith(MAGIC):
+        raise ValueError(f"it begins with {start!r}")
     with warnings.catch_warnings():
-        # torch warns of some files before it refuses them; the refusal says enough.
+        # torch warns of some files before it refuses them; the error says enough.
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -79,7 +79,7 @@ def _reason(error: Exception) -> str:
 
 
 def _unwrapped(content: Any, path: Path) -> Weights:
-    for _ in WRAPPERS:  # no deeper: a file can hold a mapping that holds itself
+    for _ in WRAPPERS:  # limits the depth: a mapping in a file can contain itself
         if not isinstance(content, Mapping):
             break
         inner = [content[w] for w in WRAPPERS if isinstance(content.get(w), Mapping)]
@@ -95,9 +95,9 @@ def _unwrapped(content: Any, path: Path) -> Weights:
 
 
 def without_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Weights:
-    """The state dict without what a wrapper put before its keys.
+    """The state dict without the prefixes that wrappers added to its keys.
 
-    Prefixes go as long as more keys then match the model's own.
+    A prefix is removed if more keys then match the model's.
     """
     current = dict(state)
     while True:
@@ -107,7 +107,7 @@ def without_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> We
         ]
         best = max(shorter, key=lambda candidate: len(own.keys() & candidate.keys()))
         if len(own.keys() & best.keys()) <= len(own.keys() & current.keys()):
-            # Two prefixes may have to go before the first key matches: module.backbone.conv1.
+            # Several prefixes may hide the first matching key: module.backbone.conv1.
             stripped = next((s for s in shorter if s.keys() != current.keys()), None)
             if stripped is None or own.keys() & current.keys():
                 return current
@@ -123,22 +123,22 @@ def load_weights_file(
     Args:
         module: The module.
         path: As for `read_weights`.
-        convert: Fits weights that do not fit as they are, such as those for another image size.
+        convert: Converts weights that do not fit, such as those for another image size.
 
     Returns:
         A line that says what was loaded and what was not.
 
     Raises:
-        DataError: Fewer than nine in ten of the module's tensors are in the file, or shapes differ:
-            these are weights of another architecture.
+        DataError: The file has fewer than nine in ten of the module's tensors, or other shapes: it
+            is of another architecture.
     """
     own = module.state_dict()
     state = without_prefix(read_weights(path), own)
-    if convert is not None and not _fit_as_they_are(own, state):
+    if convert is not None and not _fits(own, state):
         state = _converted(convert, state, path)
     shared = [key for key in own if key in state]
     clashes = [key for key in shared if own[key].shape != state[key].shape]
-    # Counters of batches seen are in newer files only, and of no use here.
+    # Only newer files have these counters of batches, and nothing here uses them.
     counted = [key for key in own if not key.endswith("num_batches_tracked")]
     found = [key for key in counted if key in state and key not in clashes]
     if clashes or len(found) < 0.9 * len(counted):
@@ -159,14 +159,14 @@ def load_weights_file(
     return report + (f"; left out: {', '.join(unused[:4])}" if unused else "")
 
 
-def _fit_as_they_are(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
+def _fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
     return all(key in state and state[key].shape == own[key].shape for key in own)
 
 
 def _converted(convert: Callable[[Weights], Weights], state: Weights, path: str | Path) -> Weights:
     try:
         return convert(state)
-    except Exception as error:  # converters index and reshape as their own weights allow
+    except Exception as error:  # converters index and reshape without checks
         raise DataError(
             f"{path}: the weights cannot be fitted to this backbone and its input size "
             f"({_reason(error)})"

@@ -8,7 +8,7 @@ from pathlib import Path
 from reidreg import DATASETS, Dataset, Sample
 from reidreg_plugins.datasets.folders import FolderReader, find_root
 
-# Identities and images as published with the data; the folders also exist as smaller samples.
+# Published numbers of identities and images; the sample folders are smaller versions.
 OFFICIAL = {
     "bounding_box_train_1": (188, 20_119),
     "bounding_box_train_2": (175, 18_476),
@@ -21,7 +21,7 @@ OFFICIAL = {
     "sample_query_reduced": (100, 382),
     "sample_test_reduced": (100, 1_199),
 }
-# {pid}_c{camera}s{sequence}_{frame}.jpg, matched whole: a folder's name cannot be taken for one.
+# {pid}_c{camera}s{sequence}_{frame}.jpg, matched against the file name alone, not its folder's.
 PATTERN = r"(?P<pid>\d+)_c(?P<camid>\d+)s\d+_\d+\.\w+"
 
 
@@ -29,7 +29,7 @@ PATTERN = r"(?P<pid>\d+)_c(?P<camid>\d+)s\d+_\d+\.\w+"
 class AIHubKAIST(Dataset):
     """AIHub KAIST: 16 cameras, three training folders, one query and one gallery folder.
 
-    Pid 0 is a person, cameras keep their numbers (from 1), and there is no junk.
+    Pid 0 is an identity like any other, cameras are numbered from 1, and there is no junk.
 
     Args:
         root: The folder that holds query/, or the one that holds aihub_kaist/.
@@ -60,7 +60,7 @@ class AIHubKAIST(Dataset):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the split folders lie."""
+        """The folder that holds the folders of the splits."""
         return find_root(self.root, ("aihub_kaist",), self.query_folder)
 
     @cached_property
@@ -87,7 +87,7 @@ class AIHubKAIST(Dataset):
         }
 
     def notes(self) -> list[str]:
-        """Names that did not fit, and folders whose counts are not the published ones."""
+        """Names that did not match, and folders whose counts differ from the published ones."""
         splits = {
             self.query_folder: self.query,
             self.gallery_folder: self.gallery,

@@ -1,4 +1,4 @@
-"""Reading folders whose file names say who is where: `0001_c02s31_000475.jpg`."""
+"""Folders of images whose names hold pid and camera: `0001_c02s31_000475.jpg`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from pathlib import Path
 from reidreg import DataError, Sample
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-# Stray files happen (Thumbs.db, notes); more than this share of odd image names is a wrong folder.
-TOLERATED = 0.05
+TOLERATED = 0.05  # share of image names that may not match; above it, it is the wrong folder
 
 
 class FolderReader:
-    """Reads one folder a split, and keeps what was odd about it.
+    """Reads the folder of a split, and keeps notes on names that do not match.
 
     Args:
         pattern: Matches a whole file name, with groups `pid` and `camid`.
-        expected: An example of a right name, for messages.
-        camera_offset: Added to the camera's number in the name.
+        expected: An example of a matching name, for messages.
+        camera_offset: Added to the camera number in the name.
     """
 
     def __init__(self, pattern: str, expected: str, camera_offset: int = 0) -> None:
@@ -33,7 +32,7 @@ class FolderReader:
         """The samples of a folder, sorted by name.
 
         Raises:
-            DataError: The folder is missing or empty, or its names do not fit.
+            DataError: The folder is missing or empty, or its names do not match.
         """
         if not folder.is_dir():
             raise DataError(missing_folder(folder))
@@ -61,7 +60,7 @@ class FolderReader:
 
 
 def missing_folder(folder: Path) -> str:
-    """What to say of a folder that is not there: the archive beside it, or what is there."""
+    """The error for a missing folder: names its archive, or the folders beside it."""
     archive = folder.with_name(f"{folder.name}.zip")
     if archive.exists():
         command = shlex.join(["unzip", "-n", str(archive), "-d", str(folder.parent)])
@@ -75,14 +74,14 @@ def missing_folder(folder: Path) -> str:
 
 
 def find_root(root: Path, names: tuple[str, ...], split: str) -> Path:
-    """The folder that really holds a data set: the root, or one of the usual names inside it.
+    """The folder that holds a data set: the root, or a folder with a usual name inside it.
 
     Args:
-        root: What the user gave.
-        names: What the data set's folder is usually called.
-        split: A folder that the data set has, or has as an archive that is still to be extracted.
+        root: The folder that the user named.
+        names: Usual names of the data set's folder.
+        split: A folder of the data set, which may still be an archive.
     """
     candidates = [*(root / name for name in names), root]
-    whole = [path for path in candidates if (path / split).is_dir()]
+    extracted = [path for path in candidates if (path / split).is_dir()]
     packed = [path for path in candidates if (path / f"{split}.zip").is_file()]
-    return [*whole, *packed, *candidates][0]
+    return [*extracted, *packed, *candidates][0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from reidreg import DATASETS, Dataset, Sample
 from reidreg_plugins.datasets.folders import FolderReader, find_root
 
-# The published images have some names that end in .jpg.jpg; they count.
+# Some of the published names end in .jpg.jpg.
 PATTERN = r"(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+(\.\w+)+"
 OFFICIAL = {"train": 12_936, "query": 3_368, "gallery": 19_732}
 
@@ -18,7 +18,7 @@ class Market1501(Dataset):
     """Market-1501: 6 cameras, 751 training and 750 test identities (Zheng et al., ICCV 2015).
 
     In the gallery, pid -1 is junk, which evaluation leaves out, and pid 0 are distractors, which
-    it keeps. Cameras count from 0.
+    it keeps. Cameras are numbered from 0.
 
     Args:
         root: The folder that holds query/, or one that holds Market-1501-v15.09.15/.
@@ -30,7 +30,7 @@ class Market1501(Dataset):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the split folders lie."""
+        """The folder that holds the folders of the splits."""
         names = ("Market-1501-v15.09.15", "market1501/Market-1501-v15.09.15", "market1501")
         return find_root(self.root, names, "query")
 
@@ -54,7 +54,7 @@ class Market1501(Dataset):
         }
 
     def notes(self) -> list[str]:
-        """What is junk, and splits whose counts are not the published ones."""
+        """Junk and distractors, and splits whose counts differ from the published ones."""
         junk = sum(sample.pid == -1 for sample in self.gallery)
         distractors = sum(sample.pid == 0 for sample in self.gallery)
         lines = [f"the gallery holds {junk} junk images (left out) and {distractors} distractors"]

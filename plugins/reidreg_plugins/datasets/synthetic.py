@@ -1,4 +1,4 @@
-"""Drawn pedestrians, for a first run without any data."""
+"""Synthetic pedestrians, for a first run without any data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger("reidreg")
 
 @DATASETS.register("synthetic")
 class Synthetic(Dataset):
-    """Drawn pedestrians in the layout of AIHub KAIST, drawn when they are first needed.
+    """Synthetic pedestrians in the layout of AIHub KAIST, drawn when they are first needed.
 
     Args:
-        root: The folder in which the drawn images are kept.
-        identities: Identities to draw, training and test together.
-        cameras: Cameras to draw.
+        root: The folder in which the images are kept.
+        identities: Identities, training and test together.
+        cameras: Cameras.
         images_per_camera: Images of an identity by each camera that sees it.
-        data_seed: What to draw; another seed draws other people and cameras.
+        data_seed: The seed of the images; another one gives other people and cameras.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Synthetic(Dataset):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the images lie: a folder for each choice of options."""
+        """The folder of the images: one for each choice of options."""
         sizes = f"{self.identities}x{self.cameras}x{self.images_per_camera}"
         return self.root / f"synthetic-{sizes}-{self.data_seed}"
 

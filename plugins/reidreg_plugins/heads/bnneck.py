@@ -12,14 +12,14 @@ from reidreg_plugins.heads.pooling import Pool, Pooling
 
 @HEADS.register("bnneck")
 class BNNeck(Head):
-    """Pooling, a batch normalisation between the metric and the identity losses, a classifier.
+    """Pooling, batch normalisation between the metric losses and the classifier, a classifier.
 
-    The normalisation's shift stays zero and the classifier has no bias, so that both losses see
-    features around the same origin (Luo et al., Bag of Tricks, 2019, section 3.6).
+    The normalisation's shift stays zero and the classifier has no bias, so that both kinds of loss
+    see features around the same origin (Luo et al., Bag of Tricks, 2019, section 3.6).
 
     Args:
-        pooling: How places become one feature.
-        feature: Whether retrieval uses the feature after the neck or before it.
+        pooling: How the positions of a map, or the tokens, become one feature.
+        feature: Whether retrieval uses the feature after the normalisation or before it.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ class LinearHead(Head):
     """Pooling and a linear classifier; retrieval uses the pooled feature.
 
     Args:
-        pooling: How places become one feature.
+        pooling: How the positions of a map, or the tokens, become one feature.
     """
 
     def __init__(self, num_classes: int, dim: int, pooling: Pooling = "avg") -> None:

@@ -18,11 +18,11 @@ class Center(Loss):
     """Squared distance of each feature before the neck to the learned centre of its identity.
 
     Sum over the batch of |x - c_y|^2, divided by the batch size (Wen et al., 2016, without its
-    1/2). The centres are stepped by an SGD of their own, with the gradient of the unweighted
-    loss: at a rate of 0.5, c_j moves by the batch's sum of (x_i - c_j), divided by its size.
+    1/2). The centres have a separate SGD optimizer, with the gradient of the unweighted loss: at a
+    learning rate of 0.5, c_j moves by the batch's sum of (x_i - c_j), divided by its size.
 
     Args:
-        lr: Learning rate of the centres; no schedule touches it.
+        lr: Learning rate of the centres; no schedule applies to it.
     """
 
     def __init__(self, num_classes: int, dim: int, lr: Annotated[float, Gt(0)] = 0.5) -> None:
@@ -35,5 +35,5 @@ class Center(Loss):
         return difference.square().sum(dim=1).clamp(1e-12, 1e12).mean()
 
     def make_optimizer(self) -> Optimizer:
-        # With fp16 the host would wait in every step for whether one that is not fused steps.
+        # Fused: with any other, the gradient scaler of fp16 makes the host wait in every step.
         return SGD(self.parameters(), lr=self.lr, fused=True)

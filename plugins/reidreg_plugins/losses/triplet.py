@@ -17,11 +17,11 @@ from reidreg_plugins.losses.precision import at_least_float32
 class Triplet(Loss):
     """Batch-hard triplet loss on the features before the neck, Euclidean and not normalised.
 
-    Each image is an anchor; its farthest image of the same identity should be nearer than its
-    nearest of another (Hermans et al., In Defense of the Triplet Loss, 2017).
+    Each image is an anchor; the farthest image of its identity should be nearer, by the margin,
+    than the nearest image of another (Hermans et al., In Defense of the Triplet Loss, 2017).
 
     Args:
-        margin: By how much nearer; null takes the soft margin log(1 + exp(d_ap - d_an)).
+        margin: The margin; null takes the soft margin log(1 + exp(d_ap - d_an)).
     """
 
     compares_images = True
@@ -39,9 +39,9 @@ class Triplet(Loss):
 
 
 def euclidean(features: Tensor) -> Tensor:
-    """Distances between all rows of (B, D), (B, B).
+    """Euclidean distances between all rows of (B, D), as (B, B).
 
-    Squares are kept above 1e-12: the gradient of a root at zero is infinite.
+    Squares are at least 1e-12: the gradient of the root at zero is infinite.
     """
     squares = features.square().sum(dim=1)
     product = features @ features.T
@@ -49,10 +49,10 @@ def euclidean(features: Tensor) -> Tensor:
 
 
 def hardest(distances: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
-    """The distances (B,) to the farthest of the same identity and the nearest of another.
+    """The distances (B,) to the hardest positive and to the hardest negative of each anchor.
 
-    The same identity includes the anchor itself, so an image alone has a positive at distance
-    zero; in a batch of one identity the negative is infinitely far, and nothing is lost.
+    The anchor is among its positives, so the only image of an identity has one at distance zero;
+    in a batch of one identity the negative is infinitely far, and the loss is zero.
     """
     same = pids[:, None] == pids[None, :]
     positive = distances.masked_fill(~same, float("-inf")).amax(dim=1)

@@ -1,4 +1,4 @@
-"""P identities of K images a batch."""
+"""Batches of P identities with K images each."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ Ints = NDArray[np.int64]
 
 @SAMPLERS.register("identity")
 class IdentitySampler(Sampler):
-    """P x K batches: P different identities of K images each.
+    """P x K batches: P different identities with K images each.
 
-    An epoch cuts the shuffled images of every identity into chunks of K; the last chunk of an
-    identity is topped up from its beginning, so no image repeats before all were used, and an
-    identity of fewer than K images repeats them. Chunks are then dealt to as many batches as hold
-    P different identities each, which is a number known beforehand: the largest B for which
-    sum_i min(c_i, B) >= P B over the chunk counts c_i. Each batch draws its identities by the
-    chunks that they have left, so that the mix stays the same from an epoch's first batch to its
-    last. Fewer than P chunks are left out, and what an identity has in excess of B.
+    Each epoch splits the shuffled images of every identity into chunks of K. The last chunk is
+    filled up with the identity's first images, so no image repeats before all were used, and an
+    identity of fewer than K images repeats them. The number of batches is known beforehand: the
+    largest B with sum_i min(c_i, B) >= P B over the chunk counts c_i. Each batch draws identities
+    by the chunks that they have left, so that the mix is the same from the first batch to the
+    last. Left out are fewer than P chunks, and the chunks of an identity beyond B.
 
     Args:
         batch_size: Images in a batch over all processes, a multiple of instances.
@@ -96,10 +95,10 @@ class IdentitySampler(Sampler):
             yield np.concatenate(batch).tolist()
 
     def _cut(self, images: Ints) -> Ints:
-        """An identity's images as chunks (c, K), the first of them the topped-up one."""
+        """An identity's images as chunks (c, K); the first is the one that was filled up."""
         total = -(-len(images) // self.instances) * self.instances
         # np.resize repeats from the beginning, and chunks are used from the last to the first: the
-        # repetitions come last, and are none if the chunk they are taken from is left out.
+        # filled-up chunk comes last, and repeats nothing if the identity's first chunk is left out.
         return np.resize(images, total).reshape(-1, self.instances)[::-1]
 
     def _usable(self, rng: np.random.Generator) -> Ints:
@@ -111,12 +110,12 @@ class IdentitySampler(Sampler):
         return usable
 
     def _draw(self, rng: np.random.Generator, left: Ints, remaining: int) -> Ints:
-        """P different identities, each with a probability of the share of batches it needs.
+        """P different identities, each with probability chunks left / batches remaining.
 
-        Systematic sampling: identities lie in random order on a line, as long as the chunks that
-        they have left, P x remaining in all, and marks at a distance of `remaining` choose them.
-        Nobody is longer than that, so nobody is chosen twice, and one that is as long is in every
-        batch. A share of what is left stays the same on average, whatever was drawn before.
+        Systematic sampling: identities in random order are segments of a line, as long as the
+        chunks that they have left, P x remaining in all; marks at a distance of `remaining` choose
+        segments. None is longer than that distance, so none is chosen twice, and one as long is in
+        every batch. The expected share of each in what is left never changes.
         """
         order = rng.permutation(len(left))
         marks = rng.integers(remaining) + remaining * np.arange(self.identities)
@@ -124,7 +123,7 @@ class IdentitySampler(Sampler):
 
 
 def count_batches(chunks: Ints, identities: int) -> int:
-    """The largest B with sum_i min(c_i, B) >= P B: how many batches of P identities there are.
+    """The number of batches of P identities: the largest B with sum_i min(c_i, B) >= P B.
 
     Args:
         chunks: c_i, how many chunks each identity has.

@@ -13,9 +13,9 @@ from reidreg import SAMPLERS, Sampler
 
 @SAMPLERS.register("random")
 class RandomSampler(Sampler):
-    """Shuffled batches: every image once an epoch, identities as they fall.
+    """Shuffled batches: every image once an epoch, of any identities.
 
-    The images that do not fill a last batch wait for another epoch: batch normalisation does not
+    The images of an incomplete last batch are left out of the epoch: batch normalisation does not
     work on a batch of one.
 
     Args:

@@ -16,8 +16,8 @@ from reidreg import LOSSES, Loss, Output
 class Circle(Loss):
     """Circle loss over all pairs of a batch (Sun et al., CVPR 2020, equation 6).
 
-    Cosine similarities of the features before the neck; each pair is weighted by how far it is
-    from where it should be.
+    On cosine similarities of the features before the neck; each pair is weighted by its distance
+    from the optimum.
 
     Args:
         margin: The relaxation m; similar pairs should be above 1 - m, others below m.
@@ -44,5 +44,5 @@ class Circle(Loss):
         negative = self.gamma * unlike * (similarity - self.margin)
         pull = positive.masked_fill(~same | itself, float("-inf")).logsumexp(dim=1)
         push = negative.masked_fill(same, float("-inf")).logsumexp(dim=1)
-        # An image without partners of either sort adds nothing.
+        # An image without positives or without negatives adds nothing.
         return softplus(pull + push).mean()
