@@ -122,7 +122,7 @@ def evaluate_features(query: str | Path, gallery: str | Path, evaluator: Evaluat
 
 
 def write_metrics(figures: dict[str, Any], path: Path) -> None:
-    """Write figures as JSON; a reader never sees half a file.
+    """Write figures as JSON, atomically.
 
     Raises:
         DataError: The folder cannot be written to, or the disk is full.

@@ -23,7 +23,7 @@ def blocks(figures: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def numbers_of(block: Mapping[str, Any]) -> dict[str, float]:
-    """Those of FIGURES that a block has as numbers, NaN among them; None stands for no figure."""
+    """Those of FIGURES that are numbers in a block, NaN included; None is an undefined figure."""
     values = {key: block.get(key) for key in FIGURES}
     return {
         key: value

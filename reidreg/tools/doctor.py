@@ -1,4 +1,4 @@
-"""What the machine has, before a run depends on it."""
+"""`reidreg doctor`: check interpreter, packages, devices, memory, plugins and data."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PACKAGES = (
 
 
 def examine(configs: list[str]) -> tuple[list[str], bool]:
-    """Look at interpreter, packages, devices, memory, W&B, plugins, disk, and data.
+    """Check interpreter, packages, devices, memory, W&B, plugins, disk, and data.
 
     Args:
-        configs: Configuration files, whose data set is then looked at; may be empty.
+        configs: Configuration files, whose data set is read; may be empty.
 
     Returns:
-        Lines for people, and whether everything is in order.
+        The lines to print, and whether no problem was found.
     """
     lines = [
         f"python        {platform.python_version()} at {sys.executable}",
@@ -72,7 +72,7 @@ def _devices() -> list[str]:
         lines.append(
             f"cuda:{index}        {name}, {size_in_text(free)} of {size_in_text(total)} free"
         )
-        # Looking takes memory itself; that is gone with this process.
+        # This process holds memory too, for having asked; it is freed when the process ends.
         held = holders(torch.device("cuda", index))
         lines += [f"{'':<13} {holder}" for holder in held if holder.pid != os.getpid()]
     if not lines:

@@ -1,4 +1,4 @@
-"""Features and figures from a checkpoint, without anything but the file and the data."""
+"""Features and figures from a checkpoint; only the file and the data are needed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_features_of_a_folder_come_in_the_order_of_its_names(
     assert torch.equal(embeddings.features, extract(trained, split="query").features)
 
 
-def test_extraction_wants_a_split_or_a_folder(trained: Path, tmp_path: Path) -> None:
+def test_extraction_needs_either_a_split_or_a_folder(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="either a split"):
         extract(trained)
     with pytest.raises(ConfigError, match="no split"):
@@ -124,7 +124,7 @@ def test_the_extractor_gives_unit_vectors_for_every_kind_of_crop(
 @pytest.mark.parametrize(
     "crop", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), "u1")]
 )
-def test_the_extractor_refuses_what_is_no_crop(trained: Path, crop: Any) -> None:
+def test_the_extractor_refuses_an_array_that_is_not_a_crop(trained: Path, crop: Any) -> None:
     with pytest.raises(DataError, match="a crop is"):
         FeatureExtractor(trained)([crop])
 
