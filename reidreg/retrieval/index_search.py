@@ -1,8 +1,9 @@
 """The nearest of many vectors, exactly: what an index is built on, and measured against.
 
-faiss compares float32 vectors and finds candidates; exact distances (`reidreg.distances`) put them
-in order. Of two items at equal distance the earlier one is nearer. `reidreg.neighbours` does the
-same for a gallery that is searched once; here the gallery is prepared once and searched often.
+faiss compares float32 vectors and finds candidates; exact distances (`reidreg.retrieval.distances`)
+put them in order. Of two items at equal distance the earlier one is nearer. For a gallery that is
+searched once there is `reidreg.retrieval.ranked_lists`; here the gallery is prepared once and
+searched often.
 """
 
 from __future__ import annotations

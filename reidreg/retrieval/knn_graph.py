@@ -3,7 +3,7 @@
 A set compared with itself is symmetric, so half of the tiles of a matrix product in float32 show
 all pairs: each tile is looked at from both of its sides, and its nearest and farthest pairs are
 kept. That is half of the work of a search, which would not tell the farthest. What float32 cannot
-order is settled as for ranked lists (`reidreg.neighbours`).
+order is settled as for ranked lists (`reidreg.retrieval.ranked_lists`).
 """
 
 from __future__ import annotations

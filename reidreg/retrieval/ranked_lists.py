@@ -1,8 +1,8 @@
 """Ranked lists: the nearest gallery items of each query, exactly and in order.
 
 faiss finds candidates in float32, by brute force; distances in float64 put them in order, and exact
-ones (`reidreg.distances`) settle what these cannot tell apart. Of two items at equal distance the
-earlier one in the gallery is nearer.
+ones (`reidreg.retrieval.distances`) settle what these cannot tell apart. Of two items at equal
+distance the earlier one in the gallery is nearer.
 """
 
 from __future__ import annotations

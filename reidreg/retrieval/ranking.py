@@ -7,7 +7,8 @@ each tile is kept only how many items fall between which matches. No row is sort
 gallery matrix is held, and no list is cut at some k.
 
 An item comes before another if its distance is smaller or, at equal distance, if it stands earlier
-in the gallery. `reidreg.distances` says how equal vectors come to be at exactly equal distances.
+in the gallery. `reidreg.retrieval.distances` says how equal vectors come to be at exactly equal
+distances.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def verification_figures(
     """How well one threshold tells pairs of the same person from pairs of different people.
 
     What the protocol leaves out is left out: junk, and pairs of the same pid and camera. Scores
-    are compared to the precision that `reidreg.pairs` states.
+    are compared to the precision that `reidreg.retrieval.pair_histogram` states.
 
     Args:
         query: Q embeddings.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pkgutil
 import re
 import types
 from collections.abc import Iterator
@@ -151,6 +152,22 @@ def test_a_plugin_imports_from_the_front_door_alone(path: Path) -> None:
     for name in imports(path, everywhere=True):
         if name.partition(".")[0].startswith("reidreg"):
             assert name in public or name.partition(".")[0] == own, name
+
+
+def test_dotted_names_in_prose_can_be_imported() -> None:
+    group = "reidreg.plugins"  # the entry-point group, which is not a module
+    named = {
+        (name, name_of(path))
+        for path in [*OURS, *THEIRS]
+        for name in re.findall(r"`(reidreg(?:\.\w+)+)`", path.read_text())
+        if name != group
+    }
+    assert named
+    for name, where in sorted(named):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            pytest.fail(f"{where} names `{name}`, which cannot be imported")
 
 
 def test_every_plugin_module_is_listed_by_its_folder() -> None:
