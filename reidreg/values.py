@@ -1,12 +1,14 @@
-"""The values that travel between the parts: frozen, without behaviour."""
+"""The values that parts exchange: frozen dataclasses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+JUNK = -1  # the pid of images that evaluation leaves out
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +17,8 @@ class Sample:
 
     Args:
         path: The image's file.
-        pid: Whose image it is. -1 is junk, which evaluation ignores.
-        camid: The camera that took it.
+        pid: The identity; `JUNK` (-1) is left out of evaluation.
+        camid: The camera.
     """
 
     path: str
@@ -26,11 +28,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one training step sees.
+    """The input of one training step.
 
     Args:
         images: (B, 3, H, W) float, normalised.
-        pids: (B,) int64, labels 0..num_classes-1.
+        pids: (B,) int64, class labels 0..num_classes-1.
         camids: (B,) int64, camera indices 0..num_cameras-1.
     """
 
@@ -44,12 +46,12 @@ class Output:
     """What a model returns for a batch.
 
     Args:
-        features: (B, D) the pooled feature before the neck; metric losses use it.
+        features: (B, D) the pooled features before the neck, used by metric losses.
         embeddings: (B, E) what retrieval compares.
-        logits: (B, num_classes), or None where a head has no classifier.
-        branches: Further outputs with their weights, for heads of several branches. Each loss is
-            applied to every branch and the weighted mean is taken; if there are branches, the
-            fields above are not seen by a loss unless they are a branch too.
+        logits: (B, num_classes), or None if the head has no classifier.
+        branches: (output, weight) pairs of a head with several branches. Each loss is applied to
+            every branch and the weighted mean is taken; the fields above then reach a loss only
+            if they are a branch too.
     """
 
     features: Tensor
@@ -60,16 +62,33 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """The features of a split, with whose and where they are.
+    """The features of a split with their labels.
 
     Args:
-        features: (N, D) float32; from a file of features perhaps float16 or bfloat16.
+        features: (N, D) float32; from a feature file also float16 or bfloat16.
         pids: (N,) int64.
         camids: (N,) int64.
-        paths: N file names, or an empty tuple where they are not known.
+        paths: N file names, or an empty tuple if they are unknown.
     """
 
     features: Tensor
     pids: Tensor
     camids: Tensor
     paths: tuple[str, ...] = ()
+
+    def without_junk(self) -> Embeddings:
+        """The same without junk, or the same object if there is none.
+
+        If every pid is -1, as for a folder of unlabelled images, no pid is known and all are kept.
+        """
+        known = self.pids != JUNK
+        if not bool(known.any()) or bool(known.all()):
+            return self
+        paths = tuple(path for path, keep in zip(self.paths, known.tolist(), strict=False) if keep)
+        return replace(
+            self,
+            features=self.features[known],
+            pids=self.pids[known],
+            camids=self.camids[known],
+            paths=paths,
+        )

@@ -85,7 +85,7 @@ def _build(arguments: list[str]) -> int:
     if own.ckpt is None and (own.images or own.split):
         raise ConfigError("--images and --split need the model: give --ckpt FILE")
     from reidreg.index.files import holds_index
-    from reidreg.index.gallery import GalleryIndex, without_junk
+    from reidreg.index.gallery import GalleryIndex
     from reidreg.index.source import Source
     from reidreg.logs.console import ProgressBar, log_to_console
 
@@ -98,7 +98,7 @@ def _build(arguments: list[str]) -> int:
     log_to_console()
     source = Source.of(own.ckpt, *configs, flags=overrides) if own.ckpt else None
     metric = own.metric or (source.metric() if source else "cosine")
-    gallery = without_junk(_gallery(own, source, own.split))
+    gallery = _gallery(own, source, own.split).without_junk()
     with ProgressBar("indexing", len(gallery.pids)) as bar:
         built = GalleryIndex.build(
             gallery,
@@ -125,7 +125,7 @@ def _add(arguments: list[str]) -> int:
     own, overrides = parser.parse_with_overrides(arguments)
     _check_source(own)
     _refuse_overrides(own, overrides)
-    from reidreg.index.gallery import GalleryIndex, add_to_index, without_junk
+    from reidreg.index.gallery import GalleryIndex, add_to_index
     from reidreg.index.source import Source
     from reidreg.logs.console import ProgressBar, log_to_console
 
@@ -135,7 +135,7 @@ def _add(arguments: list[str]) -> int:
     if own.images:
         source = Source.of_index(GalleryIndex.load(own.index), own.ckpt, overrides)
         model = source.model()
-    gallery = without_junk(_gallery(own, source))
+    gallery = _gallery(own, source).without_junk()
     with ProgressBar("indexing", len(gallery.pids)) as bar:
         found = add_to_index(own.index, gallery, model=model, progress=bar.report)
     print(f"added: {len(gallery.pids):,} items")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class GalleryIndex:
         """Build an index, and measure its recall if it is approximate.
 
         The same gallery gives the same index on the same machine with the same number of threads.
-        All items are indexed, junk (pid -1) included; `without_junk` removes it.
+        All items are indexed, junk (pid -1) included; `Embeddings.without_junk` removes it.
 
         Args:
             gallery: N embeddings; float32 features are shared, not copied.
@@ -342,21 +342,3 @@ def add_to_index(
         index.tune()
         write_contents(folder, index._contents())
     return index
-
-
-def without_junk(gallery: Embeddings) -> Embeddings:
-    """A gallery without its junk (pid -1), which nobody looks for.
-
-    Where no pid is known all of them are -1, as for a folder of images: then nothing is left out.
-    """
-    known = gallery.pids != -1
-    if not bool(known.any()) or bool(known.all()):
-        return gallery
-    paths = tuple(path for path, keep in zip(gallery.paths, known.tolist(), strict=False) if keep)
-    return replace(
-        gallery,
-        features=gallery.features[known],
-        pids=gallery.pids[known],
-        camids=gallery.camids[known],
-        paths=paths,
-    )

@@ -20,8 +20,7 @@ from reidreg.report.charts import HEIGHT, TALL_HEIGHT, cmc_chart, score_chart
 from reidreg.report.figures import figure_table, is_number, skipped, titled_blocks
 from reidreg.report.galleries import RankedQuery
 from reidreg.report.thumbnails import Thumbnails
-from reidreg.retrieval.matching import JUNK
-from reidreg.values import Embeddings
+from reidreg.values import JUNK, Embeddings
 
 _FOLDER = Path(__file__).parent
 _TILE_WIDTH = 64

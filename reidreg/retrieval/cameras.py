@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from reidreg.retrieval.distances import IntArray
-from reidreg.retrieval.matching import JUNK, labels_of_sides
+from reidreg.retrieval.matching import labels_of_sides
 from reidreg.retrieval.metrics import average_precisions
 from reidreg.retrieval.ranking import MatchPositions, Progress, match_positions
-from reidreg.values import Embeddings
+from reidreg.values import JUNK, Embeddings
 
 
 def camera_pairs(

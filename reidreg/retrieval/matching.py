@@ -16,12 +16,11 @@ from torch import Tensor
 
 from reidreg.errors import DataError
 from reidreg.retrieval.distances import IntArray, check_choice, ragged
-from reidreg.values import Embeddings
+from reidreg.values import JUNK, Embeddings
 
 Ids: TypeAlias = Tensor | NDArray[Any] | Sequence[int]
 
 SAME_CAMERA = ("drop", "keep")
-JUNK = -1  # a gallery item of this pid is left out for every query
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,9 +28,9 @@ from reidreg.retrieval.distances import (
     full_float32,
     spans,
 )
-from reidreg.retrieval.matching import JUNK, MatchLabels, labels_of_sides, same_pid
+from reidreg.retrieval.matching import MatchLabels, labels_of_sides, same_pid
 from reidreg.retrieval.ranking import Progress
-from reidreg.values import Embeddings
+from reidreg.values import JUNK, Embeddings
 
 _OCTAVES, _STEP_BITS = 16, 16
 _SHIFT = 23 - _STEP_BITS  # float32 has 23 bits behind the point

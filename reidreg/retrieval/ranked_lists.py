@@ -23,8 +23,8 @@ from reidreg.retrieval.distances import (
     check_at_least,
     spans,
 )
-from reidreg.retrieval.matching import JUNK, MatchLabels, labels_of_sides
-from reidreg.values import Embeddings
+from reidreg.retrieval.matching import MatchLabels, labels_of_sides
+from reidreg.values import JUNK, Embeddings
 
 LeftOut: TypeAlias = Callable[[IntArray, IntArray], NDArray[np.bool_]]
 

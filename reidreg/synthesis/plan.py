@@ -14,6 +14,7 @@ import numpy as np
 from reidreg.synthesis.request import Request
 from reidreg.synthesis.sightings import Sighting, apportion, official_sightings, requested_sightings
 from reidreg.synthesis.streams import FILE_NAMES, random_stream
+from reidreg.values import JUNK
 
 Kind = Literal["person", "distractor", "junk"]
 Counts = dict[str, tuple[int, int, int]]
@@ -109,7 +110,7 @@ def _file_names(
     if request.layout == "aihub_kaist":
         sequence = sequences[int(rng.integers(len(sequences)))]
         return [f"{pid:04d}_c{camid:02d}s{sequence:02d}_{frame:06d}.jpg" for frame in frames]
-    person = "-1" if pid == -1 else f"{pid:04d}"
+    person = "-1" if pid == JUNK else f"{pid:04d}"
     sequence = int(rng.integers(1, 7))
     boxes = rng.integers(1, 8, count).tolist()
     return [
@@ -139,7 +140,7 @@ def _split_test(crops: Iterable[Crop]) -> tuple[list[Crop], list[Crop]]:
 def _distractors_and_junk(request: Request, gallery: int) -> list[Crop]:
     """The distractors and junk of a Market-1501 gallery, as a detector produces them."""
     crops: list[Crop] = []
-    kinds: tuple[tuple[Kind, int, int], ...] = (("distractor", 0, 8), ("junk", -1, 12))
+    kinds: tuple[tuple[Kind, int, int], ...] = (("distractor", 0, 8), ("junk", JUNK, 12))
     for kind, pid, part in kinds:
         counts = apportion(max(4, gallery // part), [1.0] * request.cameras, least=0)
         for camid, count in enumerate(counts, start=1):

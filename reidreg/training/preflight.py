@@ -25,7 +25,7 @@ from reidreg.model.embedder import embeddings_of
 from reidreg.parts.interfaces import Dataset, Evaluator
 from reidreg.training.run import Run
 from reidreg.training.step_memory import Memory, Trial, missing_state, undisturbed
-from reidreg.values import Embeddings, Sample
+from reidreg.values import JUNK, Embeddings, Sample
 
 _T = TypeVar("_T")
 
@@ -136,7 +136,7 @@ def handful(
     seen_again: dict[int, Sample] = {}
     matched: dict[int, Sample] = {}
     for sample in query:
-        if sample.pid != -1 and sample.pid in images:
+        if sample.pid != JUNK and sample.pid in images:
             matched.setdefault(sample.pid, sample)
             if any(other.camid != sample.camid for other in images[sample.pid]):
                 seen_again.setdefault(sample.pid, sample)

@@ -31,7 +31,7 @@ from reidreg.errors import ConfigError, DataError
 from reidreg.index import tuning
 from reidreg.index.approximate import MIN_ITEMS, choose_type
 from reidreg.index.files import MANIFEST, manifest_digest
-from reidreg.index.gallery import add_to_index, without_junk
+from reidreg.index.gallery import add_to_index
 from reidreg.index.records import FeatureModel, Threshold
 from reidreg.index.source import Source
 from reidreg.locking import exclusive
@@ -568,17 +568,6 @@ def test_features_of_two_models_are_not_mixed(gallery: Embeddings, tmp_path: Pat
     # A file of features does not name its model.
     assert len(add_to_index(tmp_path, gallery)) == 2700
     assert GalleryIndex.load(tmp_path).model == one
-
-
-def test_junk_is_removed_where_pids_are_known() -> None:
-    features, camids = torch.eye(4), torch.arange(4)
-    some = Embeddings(features, torch.tensor([3, -1, 0, -1]), camids, ("a", "b", "c", "d"))
-    kept = without_junk(some)
-    assert kept.pids.tolist() == [3, 0] and kept.camids.tolist() == [0, 2]
-    assert kept.paths == ("a", "c") and torch.equal(kept.features, features[[0, 2]])
-    assert without_junk(replace(some, paths=())).paths == ()
-    unknown = unlabelled(features)
-    assert without_junk(unknown) is unknown
 
 
 def test_a_threshold_is_a_minimum_cosine_or_a_maximum_distance(gallery: Embeddings) -> None:

@@ -131,7 +131,7 @@ def test_a_side_without_matches_is_refused_before_any_distance(
     def refuse(*arguments: object) -> None:
         raise AssertionError("a distance was computed")
 
-    for name in ("ranking", "singleshot", "pairs"):
+    for name in ("ranking", "singleshot", "pair_histogram"):
         monkeypatch.setattr(f"reidreg.retrieval.{name}.Distances", refuse)
     for protocol in ("market1501", "cuhk03"):
         evaluator = EVALUATORS.build("retrieval", protocol=protocol, verification=True)

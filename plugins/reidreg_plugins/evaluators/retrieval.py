@@ -198,8 +198,8 @@ class Retrieval(Evaluator):
             )
 
     def _reranked(self, query: Embeddings, gallery: Embeddings) -> MatchPositions:
-        # Junk would be somebody's neighbour; the published figures are without it.
-        gallery = _without_junk(gallery)
+        # Published figures are computed without junk, which would be a neighbour like any other.
+        gallery = gallery.without_junk()
         ids = query.pids, query.camids, gallery.pids, gallery.camids
         with ProgressBar("neighbours") as bar:
             rows = rerank_rows(
@@ -289,11 +289,6 @@ class Retrieval(Evaluator):
         images = len(query) + sum(sample.pid != -1 for sample in gallery)
         clipped = clipping_note(images, self.k1, self.k2) if self.rerank else None
         return [*notes, clipped] if clipped else notes
-
-
-def _without_junk(gallery: Embeddings) -> Embeddings:
-    kept = gallery.pids != -1
-    return Embeddings(gallery.features[kept], gallery.pids[kept], gallery.camids[kept])
 
 
 def _ids(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
