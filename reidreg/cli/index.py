@@ -222,7 +222,7 @@ def search(arguments: list[str]) -> int:
     parser.add_argument("--ckpt", metavar="FILE", help="the index's model, if it was moved")
     own, overrides = parser.parse_with_overrides(arguments)
     from reidreg.index.gallery import GalleryIndex
-    from reidreg.retrieval.distances import check_at_least
+    from reidreg.retrieval.options import check_at_least
 
     check_at_least("--top", own.top, 1)
     index = GalleryIndex.load(own.index)

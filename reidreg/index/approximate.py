@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from reidreg.retrieval.distances import IntArray, check_choice, spans
+from reidreg.retrieval.arrays import IntArray
+from reidreg.retrieval.blocks import spans
 from reidreg.retrieval.index_search import SPARE, Float32Array, Mask, Space, Vectors, select
+from reidreg.retrieval.options import check_choice
 
 TYPES = ("flat", "ivf", "hnsw", "pq")
 FLAT_BYTES = 2 * 2**30  # up to this size, comparing with every item takes a fraction of a second

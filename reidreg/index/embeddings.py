@@ -7,8 +7,8 @@ import torch
 
 from reidreg.errors import DataError
 from reidreg.index.files import Items
-from reidreg.retrieval.distances import Side
 from reidreg.retrieval.index_search import Float32Array, checked_side
+from reidreg.retrieval.vectors import Side
 from reidreg.values import Embeddings
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from reidreg.errors import DataError
 from reidreg.files import replacing, sync
-from reidreg.retrieval.distances import IntArray
+from reidreg.retrieval.arrays import IntArray
 from reidreg.retrieval.index_search import Vectors
 
 FORMAT = "reidreg index"

@@ -19,8 +19,9 @@ from reidreg.index.search import IndexSearch, groups_by_camera
 from reidreg.index.tuning import check_recall, tune
 from reidreg.locking import exclusive
 from reidreg.logs.console import logger
-from reidreg.retrieval.distances import Features, check_at_least
 from reidreg.retrieval.index_search import Space, Vectors
+from reidreg.retrieval.options import check_at_least
+from reidreg.retrieval.vectors import Features
 from reidreg.values import Embeddings
 
 _BUSY = "wait until it is done"

@@ -16,7 +16,7 @@ from reidreg.index.approximate import (
     add_candidates,
     find_candidates,
 )
-from reidreg.retrieval.distances import Features, FloatArray, IntArray, Side
+from reidreg.retrieval.arrays import FloatArray, IntArray
 from reidreg.retrieval.index_search import (
     BruteForce,
     Float32Array,
@@ -26,6 +26,7 @@ from reidreg.retrieval.index_search import (
     exact_search,
     measured,
 )
+from reidreg.retrieval.vectors import Features, Side
 
 Group = tuple[IntArray, Mask | None]
 

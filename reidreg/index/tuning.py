@@ -8,7 +8,7 @@ from reidreg.errors import ConfigError
 from reidreg.index.approximate import Settings, search_settings
 from reidreg.index.records import Recall
 from reidreg.index.search import IndexSearch
-from reidreg.retrieval.distances import FloatArray, IntArray
+from reidreg.retrieval.arrays import FloatArray, IntArray
 
 RECALL_AT = 10
 _QUERIES = 1000  # items of the index that recall is measured with

@@ -20,9 +20,11 @@ import torch
 from numpy.typing import NDArray
 
 from reidreg.errors import DataError
-from reidreg.retrieval.distances import FloatArray, check_at_least, spans
+from reidreg.retrieval.arrays import FloatArray
+from reidreg.retrieval.blocks import spans
 from reidreg.retrieval.matching import Ids
 from reidreg.retrieval.metrics import average_precisions, inverse_negative_penalties
+from reidreg.retrieval.options import check_at_least
 from reidreg.retrieval.ranking import MatchPositions
 
 LEVEL = 0.95

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from reidreg.retrieval.distances import IntArray
+from reidreg.retrieval.arrays import IntArray
+from reidreg.retrieval.blocks import Progress
 from reidreg.retrieval.matching import labels_of_sides
 from reidreg.retrieval.metrics import average_precisions
-from reidreg.retrieval.ranking import MatchPositions, Progress, match_positions
+from reidreg.retrieval.ranking import MatchPositions, match_positions
 from reidreg.values import JUNK, Embeddings
 
 

@@ -19,53 +19,24 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from reidreg.errors import ConfigError, DataError, did_you_mean
-
-Features: TypeAlias = Tensor | NDArray[Any]
-IntArray: TypeAlias = NDArray[np.int64]
-FloatArray: TypeAlias = NDArray[np.float64]
-
-T = TypeVar("T")
-R = TypeVar("R")
+from reidreg.errors import DataError
+from reidreg.retrieval.arrays import FloatArray, IntArray
+from reidreg.retrieval.blocks import in_threads, spans
+from reidreg.retrieval.options import check_choice
+from reidreg.retrieval.vectors import Features, Rows, Side
 
 METRICS = ("cosine", "euclidean")
 
 _GROUP = 64  # queries whose matches are measured together
 _CHUNK = 128  # products that float32 adds up at a time
 _COLUMNS = 1024  # gallery items whose sums stay in a cache meanwhile
-_MOST_QUERIES = 2**11  # so that keys of 64 bits have room for a query's number
 _CACHED = 2**16  # float64 values that fit a cache
-_HELD = 2**20  # float64 values that threads share: with fewer, they wait for each other
-_NEAR_ONE = 4 * 2.0**-24  # how far from 1 the norms are that float32 gives to unit vectors
-_TAME = 1e-25  # norms between this and its reciprocal are far from float32's ends
-
-
-def ragged(starts: IntArray, sizes: IntArray) -> IntArray:
-    """The runs `starts[i], starts[i] + 1, ...` of the given sizes, one after the other."""
-    before = np.cumsum(sizes) - sizes
-    return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
-
-
-def check_choice(key: str, value: str, known: Sequence[str]) -> None:
-    """Raise a ConfigError unless the value is one of those known."""
-    if value not in known:
-        raise ConfigError(f"{key}: {value!r} is unknown{did_you_mean(str(value), known)}")
-
-
-def check_at_least(key: str, value: float, least: int) -> None:
-    """Raise a ConfigError if the value is too small."""
-    if not value >= least:
-        raise ConfigError(f"{key}: {value} is too small; at least {least} is needed")
 
 
 @contextlib.contextmanager
@@ -81,165 +52,6 @@ def full_float32() -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How much is held at a time, so that the budget is kept.
-
-    Args:
-        queries: Query vectors in float32.
-        gallery: Gallery vectors in float32.
-        exact: Gallery vectors in the parts that exact distances are made of.
-        strip: Values whose places among the matches are looked up at once.
-    """
-
-    queries: int
-    gallery: int
-    exact: int
-    strip: int
-
-    @classmethod
-    def of(cls, budget_mib: float, dim: int, queries: int) -> Plan:
-        """The plan for a budget in MiB, vectors of `dim` numbers, and so many queries."""
-        check_at_least("budget_mib", budget_mib, 1)
-        budget = int(budget_mib * 2**20)
-        tile = budget // 64  # a sixteenth: wide where queries are few, else square
-        rows = max(1, min(queries, math.isqrt(tile), budget // 8 // (dim * 8), _MOST_QUERIES))
-        return cls(
-            queries=rows,
-            gallery=_aligned(min(tile // rows, budget // 4 // (dim * 8), 2**16)),
-            exact=max(1, budget // 4 // (dim * 40)),
-            strip=min(budget // 8 // 64, 2**19),
-        )
-
-
-class Rows(NamedTuple):
-    """Some vectors of one side, ready to be compared: (n, D) and their squared norms (n,)."""
-
-    vectors: Tensor
-    squares: Tensor
-
-
-class Side:
-    """One side's vectors, handed out in float64 a few at a time, so that none is copied twice.
-
-    For the cosine metric they are divided by their norms.
-    """
-
-    def __init__(
-        self, name: str, features: Features, paths: Sequence[str], metric: str, device: torch.device
-    ) -> None:
-        self.features = _matrix(name, features)
-        self.device = device
-        shared = self.features.device.type == "cpu" and self.features.dtype == torch.float32
-        self._array = self.features.numpy() if shared else None
-        self.unit = metric == "cosine"
-        # numpy's root is correctly rounded, torch's is not always, nor the same in every place.
-        self.norms = torch.from_numpy(np.sqrt(self._squared_norms().cpu().numpy())).to(device)
-        self._check(name, paths)
-        mantissas = torch.frexp(self.norms).mantissa
-        one = torch.ones_like(self.norms)
-        # The power of two just above each norm; division by the mantissa is exact.
-        self.scales = one if self.unit else torch.where(mantissas > 0, self.norms / mantissas, one)
-        self.squares = one if self.unit else self.norms.square()
-        self.longest = 1.0 if self.unit else float(self.norms.max())
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def rows(self, index: slice | IntArray) -> Rows:
-        """Some vectors as they are compared; an index array or a slice says which."""
-        raw, where = self.raw(index), self.where(index)
-        vectors = raw.div_(self.norms[where, None]) if self.unit else raw
-        return Rows(vectors, self.squares[where])
-
-    def fast(self, index: slice | IntArray, scale: float, sign: int = 1) -> Tensor:
-        """Some vectors (n, D) in float32: of length 1 or, for Euclid, divided by `scale`.
-
-        Each number is within 4 units of float32's rounding, 4 * 2**-24, of its value.
-        """
-        raw, where = self.picked(index).to(torch.float32), self.where(index)
-        divisors = self.norms[where] if self.unit else self.norms.new_full((len(raw),), scale)
-        if float((divisors - 1).abs().max()) <= _NEAR_ONE:  # no copy, where the sign allows
-            return raw if sign > 0 else -raw
-        if not _TAME <= float(divisors.min()) <= float(divisors.max()) <= 1 / _TAME:
-            # The reciprocal, or a number, is out of float32's range or next to its end.
-            return (raw.to(torch.float64) * sign / divisors[:, None]).to(torch.float32)
-        return raw * (sign / divisors).to(torch.float32)[:, None]
-
-    def split(self, index: slice | IntArray) -> tuple[Tensor, Tensor]:
-        """Some vectors as `high + low`, for products without rounding.
-
-        In units of the vector's scale, `high` is a multiple of 2**-26 and its norm is at most 1.
-        By Cauchy and Schwarz any partial sum of products of two such vectors is at most 1, too, and
-        a multiple of 2**-52. `low` is what is left, at most 2**-27 * sqrt(D) in norm, on a grid
-        that leaves 53 bits to the sums of `high * low` and of `low * low` in the same way.
-        """
-        high = self.rows(index).vectors
-        scale = self.scales[self.where(index), None]
-        low = high.clone()
-        low -= _round_to(high, scale * 2.0**-26)
-        bits = 52 - math.ceil(math.log2(high.shape[1]) / 2)
-        return high, _round_to(low, scale * 2.0**-bits)
-
-    def picked(self, index: slice | IntArray) -> Tensor:
-        """Some vectors (n, D) as they were given, in float32 or a type that fits into it."""
-        if isinstance(index, slice):
-            picked = self.features[index]
-        elif len(index) and index[-1] - index[0] + 1 == len(index) and (np.diff(index) == 1).all():
-            # No copy of what lies side by side: `kept` is most often everything.
-            picked = self.features[int(index[0]) : int(index[-1]) + 1]
-        else:
-            picked = self.features[torch.from_numpy(index)]
-        narrow = picked.dtype in (torch.float16, torch.bfloat16)
-        return picked.to(self.device, picked.dtype if narrow else torch.float32)
-
-    def raw(self, index: slice | IntArray) -> Tensor:
-        """Some vectors (n, D) as they were given, in float64."""
-        return self.picked(index).to(torch.float64)
-
-    def float64(self, index: IntArray) -> FloatArray:
-        """As `raw`, in memory of the CPU."""
-        if self._array is not None:  # numpy picks single rows faster than torch
-            return self._array[index].astype(np.float64)
-        return np.asarray(self.raw(index).cpu().numpy())
-
-    def where(self, index: slice | IntArray) -> slice | Tensor:
-        """An index for `norms` and the like."""
-        return index if isinstance(index, slice) else torch.from_numpy(index).to(self.device)
-
-    def _squared_norms(self) -> Tensor:
-        """Sums of squares (n,) that depend on nothing but the vector: they are added up by halving.
-
-        Element-wise additions have a fixed order, which a reduction over a dimension has not.
-        """
-        count, width = self.features.shape
-        pieces = spans(count, max(1, _HELD // width))
-        held = torch.empty((pieces[0].stop, width), dtype=torch.float64, device=self.device)
-        out = torch.empty(count, dtype=torch.float64, device=self.device)
-        for piece in pieces:
-            values = held[: piece.stop - piece.start].copy_(self.picked(piece))
-            values.mul_(values)
-            width = values.shape[1]
-            while width > 1:
-                half = width // 2
-                values[:, :half].add_(values[:, width - half : width])
-                width -= half
-            out[piece] = values[:, 0]
-        return out
-
-    def _check(self, name: str, paths: Sequence[str]) -> None:
-        bad = ~torch.isfinite(self.norms)
-        what, fix = "not finite", "check the model and its precision"
-        if self.unit and not bool(bad.any()):
-            bad = self.norms == 0
-            what, fix = "zero, which has no cosine", "check the model, or use metric euclidean"
-        if bool(bad.any()):
-            first = int(bad.nonzero()[0])
-            where = paths[first] if first < len(paths) else f"index {first}"
-            count = f"{int(bad.sum())} of {len(self)}"
-            raise DataError(f"{name} features: {count} are {what}, the first is {where}; {fix}")
 
 
 class Distances:
@@ -461,62 +273,6 @@ class Distances:
                 else self.approximate(left, self.gallery.rows(piece))
             )
         return out
-
-
-def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """What a function gives for each item; numpy lets as many of them run as torch has threads."""
-    threads = min(torch.get_num_threads(), len(items))
-    if threads < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, items))
-
-
-def spans(count: int, size: int) -> list[slice]:
-    """The slices that cut `count` rows into pieces of `size`."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def even_spans(count: int, most: int) -> list[slice]:
-    """The fewest slices of at most `most` rows, all of a size but for the last.
-
-    The size is a multiple of 64 if `most` is.
-    """
-    parts = max(1, -(-count // most))
-    size = -(-count // parts)
-    return spans(count, max(1, min(-(-size // 64) * 64, most)))
-
-
-def _aligned(size: int) -> int:
-    """The largest multiple of 64 that is no larger, or the size itself where there is none.
-
-    Products of matrices take up to twice as long where rows begin anywhere in memory.
-    """
-    return max(1, size // 64 * 64 or size)
-
-
-def _matrix(name: str, features: Features) -> Tensor:
-    """The features as a 2-D tensor without gradient, copied only where torch cannot share them."""
-    if not isinstance(features, Tensor):
-        array = np.asarray(features)
-        if array.dtype.kind not in "fiu":
-            raise DataError(f"{name} features: real numbers are needed, not {array.dtype}")
-        if not array.dtype.isnative or array.dtype.itemsize > 8:  # torch knows neither
-            array = array.astype(np.float32)
-        shared = array.flags.writeable and all(stride >= 0 for stride in array.strides)
-        features = torch.from_numpy(array if shared else array.copy())
-    if features.ndim != 2 or 0 in features.shape:
-        shape = tuple(features.shape)
-        raise DataError(f"{name} features: rows of vectors are needed, the shape is {shape}")
-    if features.is_complex() or features.dtype == torch.bool:
-        raise DataError(f"{name} features: real numbers are needed, not {features.dtype}")
-    return features.detach()
-
-
-def _round_to(values: Tensor, unit: Tensor) -> Tensor:
-    """Round in place to multiples of a power of two: float64 has no finer steps near the shift."""
-    shift = unit * (1.5 * 2.0**52)
-    return values.add_(shift).sub_(shift)
 
 
 def _apart(left: Tensor, right: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ system in use has no labels; only junk (pid -1), which no evaluation counts, is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reidreg.retrieval.distances import check_at_least, spans
+from reidreg.retrieval.blocks import Progress, spans
+from reidreg.retrieval.options import check_at_least
 from reidreg.retrieval.ranked_lists import ranked_lists
 from reidreg.values import Embeddings
 
@@ -33,7 +33,7 @@ def expand_queries(
     k: int,
     alpha: float = 3.0,
     metric: str = "cosine",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Embeddings:
     """The queries, moved towards their nearest gallery items; the gallery stays as it is.
 

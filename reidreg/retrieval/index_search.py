@@ -17,16 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from reidreg.errors import DataError
-from reidreg.retrieval.distances import (
-    METRICS,
-    Distances,
-    Features,
-    FloatArray,
-    IntArray,
-    Side,
-    check_choice,
-    spans,
-)
+from reidreg.retrieval.arrays import FloatArray, IntArray
+from reidreg.retrieval.blocks import spans
+from reidreg.retrieval.distances import METRICS, Distances
+from reidreg.retrieval.options import check_choice
+from reidreg.retrieval.vectors import Features, Side
 
 Float32Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]

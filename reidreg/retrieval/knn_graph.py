@@ -8,13 +8,14 @@ order is settled as for ranked lists (`reidreg.retrieval.ranked_lists`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reidreg.retrieval.distances import Distances, FloatArray, IntArray, spans
+from reidreg.retrieval.arrays import FloatArray, IntArray
+from reidreg.retrieval.blocks import Progress, spans
+from reidreg.retrieval.distances import Distances
 from reidreg.retrieval.ranked_lists import ExactLists, float32_vectors, sum_error
 
 _SPARE = 16  # further neighbours that are kept, so that rounding cannot hide one
@@ -38,9 +39,7 @@ class Graph(NamedTuple):
     farthest: FloatArray
 
 
-def neighbour_graph(
-    distances: Distances, k: int, *, progress: Callable[[int, int], None] | None = None
-) -> Graph:
+def neighbour_graph(distances: Distances, k: int, *, progress: Progress | None = None) -> Graph:
     """The k nearest of each image among all of them, itself included, and the farthest distance.
 
     The outcome does not depend on the number of threads.
@@ -139,9 +138,7 @@ def _where(mask: NDArray[np.bool_]) -> tuple[IntArray, IntArray]:
     return row, column
 
 
-def _pass_by(
-    distances: Distances, near: _Extremes, progress: Callable[[int, int], None] | None
-) -> None:
+def _pass_by(distances: Distances, near: _Extremes, progress: Progress | None) -> None:
     """Let all pairs pass by once.
 
     The score is the cosine, or minus half of the squared distance.

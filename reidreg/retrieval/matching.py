@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reidreg.errors import DataError
-from reidreg.retrieval.distances import IntArray, check_choice, ragged
+from reidreg.retrieval.arrays import IntArray, ragged
+from reidreg.retrieval.options import check_choice
 from reidreg.values import JUNK, Embeddings
 
 Ids: TypeAlias = Tensor | NDArray[Any] | Sequence[int]

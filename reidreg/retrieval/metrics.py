@@ -6,17 +6,16 @@ a sum over its run. A query without a match has no figure and is not counted amo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from reidreg.errors import ConfigError, DataError, did_you_mean
+from reidreg.errors import DataError
+from reidreg.retrieval.arrays import FloatArray, IntArray
+from reidreg.retrieval.options import check_at_least, check_choice
 
 if TYPE_CHECKING:
     from reidreg.retrieval.ranking import MatchPositions
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 AP = ("rectangle", "trapezoid")
 
@@ -69,8 +68,7 @@ def average_precisions(matches: MatchPositions, *, ap: str = "rectangle") -> Flo
         DataError: No query has a match.
         ConfigError: `ap` is neither.
     """
-    if ap not in AP:
-        raise ConfigError(f"ap: {ap!r} is unknown{did_you_mean(str(ap), AP)}")
+    check_choice("ap", ap, AP)
     starts, sizes = _runs(matches)
     positions = matches.positions.astype(np.float64)
     hits = np.arange(1, len(positions) + 1) - np.repeat(starts, sizes)
@@ -105,14 +103,13 @@ def cmc(matches: MatchPositions, *, ranks: int = 50) -> FloatArray:
         DataError: No query has a match.
         ConfigError: `ranks` is less than 1.
     """
-    if ranks < 1:
-        raise ConfigError(f"ranks: {ranks} is too small; at least 1 is needed")
+    check_at_least("ranks", ranks, 1)
     starts, _ = _runs(matches)
     first = np.minimum(matches.positions[starts] - 1, ranks)
     return np.asarray(np.bincount(first, minlength=ranks).cumsum()[:ranks] / len(starts))
 
 
-def _runs(matches: MatchPositions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _runs(matches: MatchPositions) -> tuple[IntArray, IntArray]:
     """Where the runs of the valid queries start, and their lengths."""
     sizes = np.diff(matches.offsets)
     valid = sizes > 0

@@ -20,16 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reidreg.retrieval.distances import (
-    Distances,
-    FloatArray,
-    IntArray,
-    check_at_least,
-    full_float32,
-    spans,
-)
+from reidreg.retrieval.arrays import FloatArray, IntArray
+from reidreg.retrieval.blocks import Progress, spans
+from reidreg.retrieval.distances import Distances, full_float32
 from reidreg.retrieval.matching import MatchLabels, labels_of_sides, same_pid
-from reidreg.retrieval.ranking import Progress
+from reidreg.retrieval.options import check_at_least
 from reidreg.values import JUNK, Embeddings
 
 _OCTAVES, _STEP_BITS = 16, 16

@@ -15,15 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reidreg.retrieval.distances import (
-    Distances,
-    FloatArray,
-    IntArray,
-    Side,
-    check_at_least,
-    spans,
-)
+from reidreg.retrieval.arrays import FloatArray, IntArray
+from reidreg.retrieval.blocks import Progress, spans
+from reidreg.retrieval.distances import Distances
 from reidreg.retrieval.matching import MatchLabels, labels_of_sides
+from reidreg.retrieval.options import check_at_least
+from reidreg.retrieval.vectors import Side
 from reidreg.values import JUNK, Embeddings
 
 LeftOut: TypeAlias = Callable[[IntArray, IntArray], NDArray[np.bool_]]
@@ -42,7 +39,7 @@ def ranked_lists(
     same_camera: str = "drop",
     everything: bool = False,
     budget_mib: float = 256,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest gallery items of each query, exactly as `match_positions` counts them.
 
@@ -101,7 +98,7 @@ class ExactLists:
         k: int,
         left_out: LeftOut | None = None,
         budget_mib: float = 256,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.distances, self.k, self.left_out = distances, k, left_out
         self._progress, self._done = progress, 0

@@ -17,7 +17,7 @@ out beforehand what should not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,17 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reidreg.errors import ConfigError
-from reidreg.retrieval.distances import (
-    Distances,
-    Features,
-    FloatArray,
-    IntArray,
-    Side,
-    check_at_least,
-    ragged,
-    spans,
-)
+from reidreg.retrieval.arrays import FloatArray, IntArray, ragged, starts_of
+from reidreg.retrieval.blocks import Progress, spans
+from reidreg.retrieval.distances import Distances
 from reidreg.retrieval.knn_graph import neighbour_graph
+from reidreg.retrieval.options import check_at_least
+from reidreg.retrieval.vectors import Features, Side
 
 _BLOCK = 512  # images whose codes are made together
 _PIECE = 1024  # gallery vectors that are held in float64
@@ -75,7 +70,7 @@ def rerank_rows(
     k2: int = 6,
     lam: float = 0.3,
     chunk: int = 512,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Re-ranked distances, a few queries at a time, as `match_positions_of_rows` takes them.
 
@@ -135,9 +130,7 @@ def _together(direct: Distances, metric: str) -> Distances:
     return Distances(everyone, everyone, metric)
 
 
-def _neighbours(
-    distances: Distances, k: int, progress: Callable[[int, int], None] | None
-) -> _Neighbours:
+def _neighbours(distances: Distances, k: int, progress: Progress | None) -> _Neighbours:
     """The neighbour lists, cut to N, with distances divided by each row's largest."""
     graph = neighbour_graph(distances, k, progress=progress)
     # Where all images are equal there is nothing to divide by, and every distance is 0.
@@ -167,8 +160,8 @@ def _encode(distances: Distances, neighbours: _Neighbours, k1: int) -> _Sparse:
         sizes.append(np.bincount(row, minlength=span.stop - span.start))
         columns.append(keys % count)
         values.append(weights / sums[row])
-    starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-    return _Sparse(starts.astype(np.int64), np.concatenate(columns), np.concatenate(values))
+    starts = starts_of(np.concatenate(sizes))
+    return _Sparse(starts, np.concatenate(columns), np.concatenate(values))
 
 
 def _members(
@@ -223,8 +216,8 @@ def _expand(codes: _Sparse, lists: IntArray) -> _Sparse:
         sizes.append(np.bincount(keys // count, minlength=span.stop - span.start))
         columns.append(keys % count)
         values.append(np.bincount(which, weights=codes.values[entries]) / length)
-    starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-    return _Sparse(starts.astype(np.int64), np.concatenate(columns), np.concatenate(values))
+    starts = starts_of(np.concatenate(sizes))
+    return _Sparse(starts, np.concatenate(columns), np.concatenate(values))
 
 
 def _transpose(codes: _Sparse, first: int) -> _Sparse:
@@ -233,8 +226,8 @@ def _transpose(codes: _Sparse, first: int) -> _Sparse:
     entries, row = codes.take(np.arange(first, count))
     columns = codes.columns[entries]
     order = np.argsort(columns, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=count))])
-    return _Sparse(starts.astype(np.int64), row[order], codes.values[entries][order])
+    starts = starts_of(np.bincount(columns, minlength=count))
+    return _Sparse(starts, row[order], codes.values[entries][order])
 
 
 def _rows(
@@ -271,7 +264,7 @@ def _final(
 def _chunks(codes: _Sparse, index: _Sparse, num_query: int, most: int) -> Iterator[slice]:
     """Runs of queries: as many as `most`, and no more pairs of entries than fit `_PAIRS`."""
     sizes = np.diff(index.starts)[codes.columns[: codes.starts[num_query]]]
-    before = np.concatenate([[0], np.cumsum(sizes)])[codes.starts[: num_query + 1]]
+    before = starts_of(sizes)[codes.starts[: num_query + 1]]
     start = 0
     while start < num_query:
         fits = int(np.searchsorted(before, before[start] + _PAIRS, side="right")) - 1

@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reidreg.errors import DataError
-from reidreg.retrieval.distances import Distances, IntArray, Plan, check_at_least, spans
+from reidreg.retrieval.arrays import IntArray, starts_of
+from reidreg.retrieval.blocks import Plan, Progress, spans
+from reidreg.retrieval.distances import Distances
 from reidreg.retrieval.matching import Ids, MatchLabels, count_matchable, labels_of_sides
-from reidreg.retrieval.ranking import MatchPositions, Progress
+from reidreg.retrieval.options import check_at_least
+from reidreg.retrieval.ranking import MatchPositions
 from reidreg.values import Embeddings
 
 Rows = Iterable[tuple[int, "Tensor | NDArray[Any]"]]
@@ -116,7 +119,7 @@ def _positions(
     if len(found) < total:
         raise DataError(f"distances are missing for {total - len(found)} of {total} queries")
     sizes = np.repeat([len(found[query]) > 0 for query in range(total)], repeats)
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    offsets = starts_of(sizes)
     positions = np.concatenate([found[query] for query in range(total)])
     return MatchPositions(positions, offsets, len(labels.gallery_pids))
 

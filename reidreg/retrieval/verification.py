@@ -24,10 +24,11 @@ import torch
 from numpy.typing import NDArray
 
 from reidreg.errors import ConfigError, DataError
-from reidreg.retrieval.distances import FloatArray, IntArray
+from reidreg.retrieval.arrays import FloatArray, IntArray
+from reidreg.retrieval.blocks import Progress
 from reidreg.retrieval.matching import Ids
 from reidreg.retrieval.pair_histogram import CELLS, PairCounts, count_pairs, histogram
-from reidreg.retrieval.ranking import MatchPositions, Progress
+from reidreg.retrieval.ranking import MatchPositions
 from reidreg.values import JUNK, Embeddings
 
 FARS = (1e-4, 1e-3, 1e-2)

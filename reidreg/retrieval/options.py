@@ -1,0 +1,19 @@
+"""Checks of options, with the error that a user reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reidreg.errors import ConfigError, did_you_mean
+
+
+def check_choice(key: str, value: str, known: Sequence[str]) -> None:
+    """Raise a ConfigError unless the value is one of those known."""
+    if value not in known:
+        raise ConfigError(f"{key}: {value!r} is unknown{did_you_mean(str(value), known)}")
+
+
+def check_at_least(key: str, value: float, least: int) -> None:
+    """Raise a ConfigError if the value is too small."""
+    if not value >= least:
+        raise ConfigError(f"{key}: {value} is too small; at least {least} is needed")
