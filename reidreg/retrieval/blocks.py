@@ -21,7 +21,7 @@ _MOST_QUERIES = 2**11  # so that keys of 64 bits have room for a query's number
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MemoryPlan:
     """How much is held at a time, so that the budget is kept.
 
     Args:
@@ -37,7 +37,7 @@ class Plan:
     strip: int
 
     @classmethod
-    def of(cls, budget_mib: float, dim: int, queries: int) -> Plan:
+    def of(cls, budget_mib: float, dim: int, queries: int) -> MemoryPlan:
         """The plan for a budget in MiB, vectors of `dim` numbers, and so many queries."""
         check_at_least("budget_mib", budget_mib, 1)
         budget = int(budget_mib * 2**20)

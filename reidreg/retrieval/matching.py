@@ -46,8 +46,8 @@ class MatchLabels:
     Args:
         query_pids: (Q,).
         gallery_pids: (G,).
-        query_places: (Q,) a number for each (pid, camera).
-        gallery_places: (G,) likewise.
+        query_pid_cam_ids: (Q,) a number for each (pid, camera).
+        gallery_pid_cam_ids: (G,) likewise.
         query_camids: (Q,).
         drop: Whether gallery items of the query's place are left out.
         junk: Whether junk is left out.
@@ -55,8 +55,8 @@ class MatchLabels:
 
     query_pids: IntArray
     gallery_pids: IntArray
-    query_places: IntArray
-    gallery_places: IntArray
+    query_pid_cam_ids: IntArray
+    gallery_pid_cam_ids: IntArray
     query_camids: IntArray
     drop: bool
     junk: bool = True
@@ -72,12 +72,12 @@ class MatchLabels:
         known, cameras = np.unique(
             np.concatenate([query_camids, gallery_camids]), return_inverse=True
         )
-        places = (pids.reshape(-1) * len(known) + cameras.reshape(-1)).astype(np.int64)
+        pid_cam_ids = (pids.reshape(-1) * len(known) + cameras.reshape(-1)).astype(np.int64)
         return cls(
             queries,
             gallery,
-            places[: len(queries)],
-            places[len(queries) :],
+            pid_cam_ids[: len(queries)],
+            pid_cam_ids[len(queries) :],
             query_camids,
             rule == "drop",
         )
@@ -96,15 +96,15 @@ class MatchLabels:
         """(Q,) How many gallery items are left out because the query's camera took them."""
         if not self.drop:
             return np.zeros(len(self.query_pids), dtype=np.int64)
-        return _occurrences(self.query_places, self.gallery_places[self.kept])
+        return _occurrences(self.query_pid_cam_ids, self.gallery_pid_cam_ids[self.kept])
 
     def matches(self) -> tuple[IntArray, IntArray]:
         """All pairs (query, gallery item) that are a match, ordered by both."""
-        queries, places = same_pid(self.query_pids, self.gallery_pids[self.kept])
-        items = self.kept[places]
+        queries, columns = same_pid(self.query_pids, self.gallery_pids[self.kept])
+        items = self.kept[columns]
         if not self.drop:
             return queries, items
-        other = self.query_places[queries] != self.gallery_places[items]
+        other = self.query_pid_cam_ids[queries] != self.gallery_pid_cam_ids[items]
         return queries[other], items[other]
 
 

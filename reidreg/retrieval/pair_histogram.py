@@ -192,7 +192,7 @@ class _Count:
         """Count the genuine pairs of a tile, and leave infinity where the pids are the same."""
         labels, queries = self.labels, self.queries[block]
         row, column = same_pid(labels.query_pids[queries], labels.gallery_pids[items])
-        other = labels.query_places[queries[row]] != labels.gallery_places[items[column]]
+        other = labels.query_pid_cam_ids[queries[row]] != labels.gallery_pid_cam_ids[items[column]]
         rows, columns, mates = (
             torch.from_numpy(values).to(tile.device)
             for values in (row, column, other | (not labels.drop))

@@ -252,7 +252,7 @@ def _left_out(labels: MatchLabels) -> LeftOut:
     def left_out(queries: IntArray, items: IntArray) -> NDArray[np.bool_]:
         out = (labels.gallery_pids[items] == JUNK) & labels.junk
         if labels.drop:
-            out |= labels.gallery_places[items] == labels.query_places[queries, None]
+            out |= labels.gallery_pid_cam_ids[items] == labels.query_pid_cam_ids[queries, None]
         return np.asarray(out)
 
     return left_out

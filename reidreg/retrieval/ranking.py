@@ -1,14 +1,13 @@
 """Query x gallery -> the exact position of every match.
 
-Count, do not sort. CMC, AP and INP need nothing but the position of each match in its query's
-list, and a match's position is one more than the number of gallery items that come before it. So
-the distances of the few matches are computed first; then the gallery passes by in tiles, and of
-each tile is kept only how many items fall between which matches. No row is sorted, no query x
-gallery matrix is held, and no list is cut at some k.
+Positions are counted, not sorted. CMC, AP and INP need only the position of each match in its
+query's list, which is one more than the number of gallery items before it. So the distances of the
+few matches are computed first; then all distances are computed tile by tile, and of each tile only
+the number of items between neighbouring matches is kept. No row is sorted, no query x gallery
+matrix is held, and no list is cut at some k.
 
-An item comes before another if its distance is smaller or, at equal distance, if it stands earlier
-in the gallery. `reidreg.retrieval.distances` says how equal vectors come to be at exactly equal
-distances.
+An item comes before another if its distance is smaller or, at equal distance, if its gallery index
+is. `reidreg.retrieval.distances` explains why equal vectors are at exactly equal distances.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ from torch import Tensor
 from reidreg.errors import DataError
 from reidreg.machine.cores import one_thread_for_numpy
 from reidreg.retrieval.arrays import IntArray, starts_of
-from reidreg.retrieval.blocks import Plan, Progress, even_spans, spans
-from reidreg.retrieval.counting import Fences, Tally, Unsettled, WaitingRoom
+from reidreg.retrieval.blocks import MemoryPlan, Progress, even_spans, spans
+from reidreg.retrieval.counting import Deferred, ScoreIntervals, TileCounter, Undecided
 from reidreg.retrieval.distances import Distances, full_float32
 from reidreg.retrieval.matching import Ids, MatchLabels, count_matchable, labels_of_sides, same_pid
 from reidreg.values import Embeddings
 
 _GROUP = 8  # queries whose matches are measured together
-_FEW = 1 / 16  # share of a block's pairs up to which they are looked at one by one
+_FEW = 1 / 16  # up to this share of a block's pairs, single pairs cost less than the whole block
 
 
 @dataclass(frozen=True, slots=True)
 class MatchPositions:
-    """Where each query's matches stand in its list.
+    """The position of each query's matches in its ranked list.
 
     Args:
         positions: (M,) int64, from 1, ascending within each query.
-        offsets: (Q + 1,) int64; query q's matches are `positions[offsets[q]:offsets[q + 1]]`. A
-            query without a match has none.
-        num_gallery: The size of the gallery, with all that was left out for some query.
+        offsets: (Q + 1,) int64; query q's matches are `positions[offsets[q]:offsets[q + 1]]`,
+            which is empty for a query without a match.
+        num_gallery: The size of the gallery, including items left out for some queries.
     """
 
     positions: IntArray
@@ -64,27 +63,27 @@ def match_positions(
 ) -> MatchPositions:
     """The exact position of every match in its query's list.
 
-    The outcome does not depend on the budget, the number of threads or the order of the queries.
+    The result does not depend on the budget, the number of threads or the order of the queries.
 
     Args:
         query: Q embeddings, on the CPU or a GPU.
-        gallery: G embeddings; where either side is on a GPU, the work is done there.
+        gallery: G embeddings; if either side is on a GPU, the GPU does the work.
         metric: `cosine` or `euclidean` (squared).
         same_camera: `drop` leaves out gallery items of the query's pid and camera; `keep` leaves
-            out junk alone.
-        budget_mib: Memory to use beside the features, in MiB.
+            out junk only.
+        budget_mib: Memory to use in addition to the features, in MiB.
         progress: Called with the number of tiles done and of all.
 
     Raises:
-        DataError: The features or labels do not fit together, are not finite, or match nowhere.
+        DataError: Shapes do not match, a feature is not finite, or no query has a match.
         ConfigError: An option is wrong.
     """
     labels = labels_of_sides(query, gallery, same_camera)
     count_matchable(labels)
     distances = Distances(query.features, gallery.features, metric, (query.paths, gallery.paths))
-    plan = Plan.of(budget_mib, distances.dim, len(labels.query_pids))
+    plan = MemoryPlan.of(budget_mib, distances.dim, len(labels.query_pids))
     queries, items = labels.matches()
-    # Side by side, queries of one pid share the matches whose distances are wanted.
+    # Queries of one pid share their matches, whose vectors are fetched once if they are adjacent.
     order = np.argsort(labels.query_pids[queries], kind="stable")
     queries, items = queries[order], items[order]
     some = [slice(*ends) for ends in pairwise(_cuts(labels.query_pids[queries], queries))]
@@ -93,76 +92,80 @@ def match_positions(
             [distances.near_pairs(queries[part], items[part], plan.exact) for part in some]
         )
     scores = distances.score_of(queries, values)
-    fences = Fences(queries, items, values, scores, distances.score_slack, len(labels.query_pids))
+    slack, count = distances.score_slack, len(labels.query_pids)
+    intervals = ScoreIntervals(queries, items, values, scores, slack, count)
     with full_float32():
-        _pass_by(distances, labels, fences, plan, progress)
-    return MatchPositions(fences.positions(), fences.first, len(labels.gallery_pids))
+        _count_all(distances, labels, intervals, plan, progress)
+    offsets = intervals.first_match
+    return MatchPositions(intervals.positions(), offsets, len(labels.gallery_pids))
 
 
 def _cuts(pids: IntArray, queries: IntArray) -> list[int]:
-    """Where to cut matches, ordered by pid and query, so that no pid is cut that need not be.
+    """Where to cut matches that are sorted by pid and query.
 
-    The vectors of a pid's gallery items are then fetched once. Each part has the fewest whole pids
-    that make `_GROUP` queries.
+    Each part has the fewest whole pids that make `_GROUP` queries, so that the vectors of a pid's
+    gallery items are fetched once.
     """
-    # Not by differences, which overflow where pids are as far apart as int64 allows.
+    # Compared, not subtracted: a difference of two int64 pids may overflow.
     begins = np.flatnonzero(np.append(True, pids[1:] != pids[:-1]))
     number = np.cumsum(np.append(False, queries[1:] != queries[:-1]))[begins]
     parts = number // _GROUP
     return [*begins[np.flatnonzero(np.diff(parts, prepend=-1))].tolist(), len(pids)]
 
 
-def _pass_by(
+def _count_all(
     distances: Distances,
     labels: MatchLabels,
-    fences: Fences,
-    plan: Plan,
+    intervals: ScoreIntervals,
+    plan: MemoryPlan,
     progress: Progress | None,
 ) -> None:
-    """Let the gallery pass by the queries, tile by tile."""
+    """Score the whole gallery tile by tile and count the items before each match."""
     pieces = even_spans(len(labels.kept), plan.gallery)
-    valid = np.flatnonzero(fences.sizes)
+    valid = np.flatnonzero(intervals.sizes)
     blocks = even_spans(len(valid), plan.queries)
     memory = torch.empty(plan.queries * plan.gallery, dtype=torch.float32, device=distances.device)
-    waiting = WaitingRoom(functools.partial(_settle, distances, fences, plan), plan.strip)
+    deferred = Deferred(functools.partial(_resolve, distances, intervals, plan), plan.strip)
     for done, block in enumerate(blocks):
         rows = valid[block]
         vectors = distances.score_queries(rows)
-        tally = Tally(fences, rows, plan.strip, waiting)
+        counter = TileCounter(intervals, rows, plan.strip, deferred)
         for nth, piece in enumerate(pieces):
             columns = labels.kept[piece]
             tile = memory[: len(rows) * len(columns)].view(len(rows), len(columns))
             distances.scores(vectors, distances.score_items(columns), out=tile)
-            _hide_own(tile, labels, rows, columns)
-            tally.add(tile, columns)
+            _hide_same_pid(tile, labels, rows, columns)
+            counter.add(tile, columns)
             if progress:
                 progress(done * len(pieces) + nth + 1, len(blocks) * len(pieces))
-        tally.finish()
-    waiting.empty()
+        counter.finish()
+    deferred.flush()
 
 
-def _hide_own(tile: Tensor, labels: MatchLabels, rows: IntArray, columns: IntArray) -> None:
-    """Make a tile's (r, c) pairs of one pid infinite: a match is not counted, the rest left out."""
+def _hide_same_pid(tile: Tensor, labels: MatchLabels, rows: IntArray, columns: IntArray) -> None:
+    """Set a tile's (r, c) pairs of one pid to infinity: only non-matching items are counted."""
     tile[same_pid(labels.query_pids[rows], labels.gallery_pids[columns])] = torch.inf
 
 
-def _settle(distances: Distances, fences: Fences, plan: Plan, unsettled: Unsettled) -> None:
-    """Find the order of those that float32 could not tell apart: by float64, then exactly."""
-    order = np.argsort(unsettled.queries, kind="stable")
-    unsettled = Unsettled(*(part[order] for part in unsettled))
-    block = len(np.unique(unsettled.queries)) * len(np.unique(unsettled.items))
-    pairs = unsettled.queries, unsettled.items
-    if len(unsettled.items) <= _FEW * block:
+def _resolve(
+    distances: Distances, intervals: ScoreIntervals, plan: MemoryPlan, undecided: Undecided
+) -> None:
+    """Count items that float32 could not order: by distances in float64, then by exact ones."""
+    order = np.argsort(undecided.queries, kind="stable")
+    undecided = Undecided(*(part[order] for part in undecided))
+    block = len(np.unique(undecided.queries)) * len(np.unique(undecided.items))
+    pairs = undecided.queries, undecided.items
+    if len(undecided.items) <= _FEW * block:
         values = distances.pairs(*pairs)
-    else:  # so many that whole blocks cost less than one after the other
+    else:
         with one_thread_for_numpy():
             values = distances.near_pairs(*pairs, plan.exact)
-    close = np.flatnonzero(fences.nearest(unsettled, values) <= 3 * distances.slack)
+    close = np.flatnonzero(intervals.nearest(undecided, values) <= 3 * distances.slack)
     if len(close):
         exact = functools.partial(distances.exact_pairs, width=plan.exact)
-        fences.refine(np.unique(unsettled.zones[close]), exact)
+        intervals.refine(np.unique(undecided.intervals[close]), exact)
         values[close] = exact(*(side[close] for side in pairs))
-    fences.settle(unsettled, values)
+    intervals.count(undecided, values)
 
 
 def match_positions_of_rows(
@@ -176,17 +179,17 @@ def match_positions_of_rows(
     budget_mib: float = 256,
     progress: Progress | None = None,
 ) -> MatchPositions:
-    """The exact position of every match, from distances that are given.
+    """The exact position of every match, from given distances.
 
     Args:
-        rows: Pairs of a first query and the distances (q, G) of that and the following ones; each
-            query once, in any order.
+        rows: Pairs (first query, distances (q, G) of it and the following queries); each query
+            once, in any order.
         query_pids: (Q,) identities.
         query_camids: (Q,) cameras.
         gallery_pids: (G,) identities; -1 is junk.
         gallery_camids: (G,) cameras.
         same_camera: As for `match_positions`.
-        budget_mib: Memory to use beside the rows, in MiB.
+        budget_mib: Memory to use in addition to the rows, in MiB.
         progress: Called with the number of queries done and of all.
 
     Raises:
@@ -196,17 +199,17 @@ def match_positions_of_rows(
     labels = MatchLabels.of(query_pids, query_camids, gallery_pids, gallery_camids, same_camera)
     count_matchable(labels)
     total = len(labels.query_pids)
-    plan = Plan.of(budget_mib, 1, total)
+    plan = MemoryPlan.of(budget_mib, 1, total)
     queries, items = labels.matches()
     offsets = starts_of(np.bincount(queries, minlength=total))
     positions = np.zeros(len(items), dtype=np.int64)
     seen = np.zeros(total, dtype=np.bool_)
     for start, values in rows:
-        chunk = _rows(start, values, seen, len(labels.gallery_pids))
+        chunk = _checked_rows(start, values, seen, len(labels.gallery_pids))
         span = slice(offsets[start], offsets[start + len(chunk)])
         if span.stop > span.start:
             matches = queries[span] - start, items[span]
-            positions[span] = _of_chunk(chunk, labels, start, *matches, plan)
+            positions[span] = _positions_in_rows(chunk, labels, start, *matches, plan)
         if progress:
             progress(int(seen.sum()), total)
     if not seen.all():
@@ -214,40 +217,42 @@ def match_positions_of_rows(
     return MatchPositions(positions, offsets, len(labels.gallery_pids))
 
 
-def _of_chunk(
+def _positions_in_rows(
     chunk: Tensor,
     labels: MatchLabels,
     start: int,
     queries: IntArray,
     items: IntArray,
-    plan: Plan,
+    plan: MemoryPlan,
 ) -> IntArray:
     """The positions of the matches (query, item) in some rows of given distances."""
     values = chunk[queries, items].double().cpu().numpy()
-    # The score is the distance in float32, which differs by no more than the next number's edge.
-    fences = Fences(queries, items, values, values, 0.0, len(chunk))
+    # The score is the distance rounded to float32, which the interval allows for without slack.
+    intervals = ScoreIntervals(queries, items, values, values, 0.0, len(chunk))
 
-    def settle(unsettled: Unsettled) -> None:
-        found = chunk[unsettled.queries, unsettled.items].double().cpu().numpy()
-        fences.settle(unsettled, found)
+    def resolve(undecided: Undecided) -> None:
+        found = chunk[undecided.queries, undecided.items].double().cpu().numpy()
+        intervals.count(undecided, found)
 
-    valid = np.flatnonzero(fences.sizes)
-    waiting = WaitingRoom(settle, plan.strip)
+    valid = np.flatnonzero(intervals.sizes)
+    deferred = Deferred(resolve, plan.strip)
     for block in spans(len(valid), plan.queries):
         rows = valid[block]
-        tally = Tally(fences, rows, plan.strip, waiting)
+        counter = TileCounter(intervals, rows, plan.strip, deferred)
         for piece in spans(len(labels.kept), plan.gallery):
             columns = labels.kept[piece]
             tile = chunk[torch.from_numpy(rows)[:, None], torch.from_numpy(columns)].float()
-            _hide_own(tile, labels, start + rows, columns)
-            tally.add(tile, columns)
-        tally.finish()
-    waiting.empty()
-    return fences.positions()
+            _hide_same_pid(tile, labels, start + rows, columns)
+            counter.add(tile, columns)
+        counter.finish()
+    deferred.flush()
+    return intervals.positions()
 
 
-def _rows(start: int, values: Tensor | NDArray[Any], seen: NDArray[np.bool_], width: int) -> Tensor:
-    """A checked chunk of distances; marks its queries as seen."""
+def _checked_rows(
+    start: int, values: Tensor | NDArray[Any], seen: NDArray[np.bool_], width: int
+) -> Tensor:
+    """A chunk of distances, checked, as a tensor; marks its queries as seen."""
     chunk = torch.as_tensor(values).detach()
     if chunk.dtype not in (torch.float32, torch.float64):
         chunk = chunk.to(torch.float32)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reidreg.errors import DataError
 from reidreg.retrieval.arrays import IntArray, starts_of
-from reidreg.retrieval.blocks import Plan, Progress, spans
+from reidreg.retrieval.blocks import MemoryPlan, Progress, spans
 from reidreg.retrieval.distances import Distances
 from reidreg.retrieval.matching import Ids, MatchLabels, count_matchable, labels_of_sides
 from reidreg.retrieval.options import check_at_least
@@ -92,7 +92,7 @@ def single_shot_positions_of_rows(
 
 
 def _exact_rows(distances: Distances, budget_mib: float) -> Iterator[tuple[int, Tensor]]:
-    plan = Plan.of(budget_mib, distances.dim, len(distances.query))
+    plan = MemoryPlan.of(budget_mib, distances.dim, len(distances.query))
     # A row is held three times: on the device, on the CPU, and by identity.
     size = max(1, int(budget_mib * 2**20) // 4 // (len(distances.gallery) * 24))
     for span in spans(len(distances.query), min(size, plan.queries)):
