@@ -1,4 +1,4 @@
-"""Bootstrap intervals: their width against theory, and the cases that can be told by hand."""
+"""Bootstrap intervals: their width against theory, and cases with a known result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def width(interval):
     return interval[1] - interval[0]
 
 
-def test_queries_of_different_people_give_the_interval_of_a_share():
+def test_queries_of_different_identities_give_the_interval_of_a_proportion():
     hits = np.arange(400) % 4 > 0
     found = bootstrap_intervals(hits_and_misses(hits), np.arange(400), resamples=4000)
     assert list(found) == NAMES
@@ -38,38 +38,40 @@ def test_queries_of_different_people_give_the_interval_of_a_share():
     assert found["rank1"] == pytest.approx([0.75 - error, 0.75 + error], abs=0.006)
 
 
-def test_queries_of_one_person_count_as_one_draw():
-    hits = np.repeat(np.arange(100) % 4 > 0, 4)  # a person's four queries all hit or all miss
-    people = np.repeat(np.arange(100), 4)
+def test_queries_of_one_identity_count_as_one_draw():
+    hits = np.repeat(np.arange(100) % 4 > 0, 4)  # an identity's four queries all hit or all miss
+    identities = np.repeat(np.arange(100), 4)
     matches = hits_and_misses(hits)
-    together = bootstrap_intervals(matches, people, resamples=4000)["rank1"]
+    together = bootstrap_intervals(matches, identities, resamples=4000)["rank1"]
     apart = bootstrap_intervals(matches, np.arange(400), resamples=4000)["rank1"]
     assert width(together) == pytest.approx(2 * width(apart), rel=0.1)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_the_interval_covers_the_true_value_about_as_often_as_its_level():
     draw = np.random.default_rng(0)
     covered = 0
     for seed in range(200):
-        people = np.repeat(np.arange(60), draw.integers(1, 6, 60))
-        chances = draw.beta(3, 1, 60)[people]  # mean 3/4; some people are harder
-        matches = hits_and_misses(draw.random(len(people)) < chances)
-        low, high = bootstrap_intervals(matches, people, resamples=300, seed=seed)["rank1"]
+        identities = np.repeat(np.arange(60), draw.integers(1, 6, 60))
+        chances = draw.beta(3, 1, 60)[identities]  # mean 3/4; some identities are harder
+        matches = hits_and_misses(draw.random(len(identities)) < chances)
+        low, high = bootstrap_intervals(matches, identities, resamples=300, seed=seed)["rank1"]
         covered += low <= 0.75 <= high
     assert 0.88 <= covered / 200 <= 0.99
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.data())
-def test_intervals_lie_within_the_figures_of_single_people(data):
+def test_intervals_lie_within_the_figures_of_single_identities(data):
     hits = st.sets(st.integers(1, 60), min_size=1, max_size=5).map(sorted)
     lists = data.draw(st.lists(hits, min_size=1, max_size=12))
     ids = st.lists(st.integers(0, 4), min_size=len(lists), max_size=len(lists))
-    people = np.array(data.draw(ids))
-    found = bootstrap_intervals(ragged(lists), people, resamples=40)
+    identities = np.array(data.draw(ids))
+    found = bootstrap_intervals(ragged(lists), identities, resamples=40)
     alone = [
-        retrieval_figures(ragged([one for one, pid in zip(lists, people, strict=True) if pid == p]))
-        for p in set(people.tolist())
+        retrieval_figures(
+            ragged([one for one, pid in zip(lists, identities, strict=True) if pid == p])
+        )
+        for p in set(identities.tolist())
     ]
     for name, (low, high) in found.items():
         values = [figures[name] for figures in alone]
@@ -84,9 +86,9 @@ def test_an_interval_contains_its_figure():
         assert low < figures[name] < high
 
 
-@pytest.mark.parametrize("people", [[5], [5, 5, 5], [1, 2, 3]])
-def test_one_person_or_equal_queries_leave_no_width(people):
-    found = bootstrap_intervals(ragged([[2, 5]] * len(people)), people)
+@pytest.mark.parametrize("identities", [[5], [5, 5, 5], [1, 2, 3]])
+def test_one_identity_or_equal_queries_give_an_interval_without_width(identities):
+    found = bootstrap_intervals(ragged([[2, 5]] * len(identities)), identities)
     assert all(width(interval) == pytest.approx(0, abs=1e-12) for interval in found.values())
     assert found["mAP"] == pytest.approx([0.45, 0.45])
 
@@ -97,11 +99,10 @@ def test_queries_without_a_match_are_not_drawn():
     assert bootstrap_intervals(ragged(lists), [1, 7, 2, 8, 3]) == expected
 
 
-def test_the_seed_decides_and_the_chunks_do_not(monkeypatch):
+def test_intervals_depend_on_the_seed_and_not_on_the_chunks():
     matches = hits_and_misses(np.arange(50) % 3 > 0)
     found = bootstrap_intervals(matches, np.arange(50), seed=4)
-    monkeypatch.setattr("reidreg.retrieval.bootstrap._WEIGHTS", 50 * 7)
-    again = bootstrap_intervals(matches, np.arange(50), seed=4)
+    again = bootstrap_intervals(matches, np.arange(50), seed=4, chunk=7)
     assert again == {name: pytest.approx(interval) for name, interval in found.items()}
     assert bootstrap_intervals(matches, np.arange(50), seed=5) != found
 
@@ -115,6 +116,8 @@ def test_the_definition_of_ap_is_that_of_the_figure():
 def test_wrong_input_is_one_line():
     with pytest.raises(ConfigError, match="resamples: 0 is too small"):
         bootstrap_intervals(ragged([[1]]), [1], resamples=0)
+    with pytest.raises(ConfigError, match="chunk: 0 is too small"):
+        bootstrap_intervals(ragged([[1]]), [1], chunk=0)
     with pytest.raises(DataError, match="there are 2 pids, but matches of 1 queries"):
         bootstrap_intervals(ragged([[1]]), [1, 2])
     with pytest.raises(DataError, match="no query has a match"):

@@ -1,4 +1,4 @@
-"""Query expansion against the formula with plain loops, and where its outcome is known."""
+"""Query expansion against the formula in plain loops, and cases with a known result."""
 
 from __future__ import annotations
 
@@ -64,19 +64,18 @@ def test_queries_move_as_the_formula_says(k, alpha):
     assert found.paths == query.paths
 
 
-def test_many_queries_and_neighbours_move_in_pieces(monkeypatch):
+def test_moving_a_few_queries_at_a_time_changes_nothing():
     query, gallery = sides(num_query=23)
     whole = expand_queries(query, gallery, k=6).features
-    monkeypatch.setattr("reidreg.retrieval.expansion._HELD", 100)
-    assert torch.equal(expand_queries(query, gallery, k=6).features, whole)
+    assert torch.equal(expand_queries(query, gallery, k=6, chunk=3).features, whole)
 
 
-def test_no_neighbours_leave_the_queries():
+def test_no_neighbours_leave_the_queries_unchanged():
     query, gallery = sides()
     assert expand_queries(query, gallery, k=0) is query
 
 
-def test_a_large_alpha_leaves_the_queries():
+def test_a_large_alpha_leaves_the_queries_unchanged():
     query, gallery = sides()
     found = expand_queries(query, gallery, k=9, alpha=1e6).features
     lengths = query.features.norm(dim=1, keepdim=True)
@@ -94,14 +93,14 @@ def test_an_alpha_of_zero_is_the_plain_mean_of_all_k():
         assert found.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_items_on_the_other_side_do_not_count():
+def test_items_with_a_negative_cosine_do_not_count():
     query, gallery = embeddings([[2, 0]]), embeddings([[-1, 0], [-1, 0.1]])
     for metric, expected in [("cosine", [1, 0]), ("euclidean", [2, 0])]:
         found = expand_queries(query, gallery, k=2, metric=metric).features
         assert found.tolist() == [pytest.approx(expected)]
 
 
-def test_vectors_that_cancel_leave_the_query():
+def test_vectors_that_cancel_leave_the_query_unchanged():
     query, gallery = embeddings([[0.3, 0.4]]), embeddings([[-0.6, -0.8]])
     found = expand_queries(query, gallery, k=1, alpha=0).features[0]
     assert found.tolist() == pytest.approx([0.6, 0.8])
@@ -155,7 +154,7 @@ def test_the_gallery_order_and_the_scale_do_not_matter(seed, k, alpha, metric, s
     assert again.numpy() == pytest.approx(found.numpy(), rel=1e-4, abs=1e-5)
 
 
-def test_labels_do_not_matter_but_for_junk():
+def test_labels_do_not_matter_except_for_junk():
     query, gallery = sides()
     found = expand_queries(query, gallery, k=4).features
     for pids, camid in [([3] * 40, 0), (range(40, 0, -1), 1)]:
@@ -168,14 +167,14 @@ def test_labels_do_not_matter_but_for_junk():
     assert not torch.equal(expected, found)
 
 
-def test_a_gallery_of_junk_leaves_the_queries():
+def test_a_gallery_of_junk_leaves_the_queries_unchanged():
     query, gallery = embeddings([[0.6, 0.8]]), embeddings([[1, 0]], [-1])
     found = expand_queries(query, gallery, k=3).features
     assert found.numpy() == pytest.approx(query.features.numpy())
 
 
 def test_expansion_helps_where_an_identity_is_a_chain():
-    # Each query shows a third of its identity's images well, and these lead to the others.
+    # Each query is near to a third of its identity's images, which are near to the others.
     draw = np.random.default_rng(0)
     centres = draw.standard_normal((20, 24))
     pids = np.arange(200) % 20
@@ -207,6 +206,7 @@ def test_progress_ends_at_all_queries():
     ("options", "line"),
     [
         ({"k": -1}, "k: -1 is too small"),
+        ({"k": 2, "chunk": 0}, "chunk: 0 is too small"),
         ({"k": 2, "alpha": -0.5}, "alpha: -0.5 is too small"),
         ({"k": 2, "alpha": math.nan}, "alpha: nan is too small"),
         ({"k": 2, "metric": "dot"}, "metric: 'dot' is unknown"),
@@ -226,7 +226,7 @@ def test_bad_features_are_one_line():
     assert "\n" not in str(error.value)
 
 
-def test_a_gpu_moves_queries_alike(cuda):
+def test_a_gpu_moves_queries_the_same_way(cuda):
     query, gallery = sides()
     moved = [replace(side, features=side.features.to(cuda)) for side in (query, gallery)]
     found = expand_queries(*moved, k=4).features
@@ -235,7 +235,7 @@ def test_a_gpu_moves_queries_alike(cuda):
     assert found.cpu().numpy() == pytest.approx(expected.numpy(), abs=1e-6)
 
 
-def test_the_evaluator_gives_figures_after_expansion_beside_the_raw_ones():
+def test_the_evaluator_gives_figures_after_expansion_and_the_raw_ones():
     load_plugins()
     query, gallery = [
         replace(side, pids=torch.arange(len(side.pids)) % 4, camids=torch.full_like(side.pids, nth))

@@ -1,4 +1,4 @@
-"""The neighbour graph against a stable sort of all exact distances."""
+"""The k-nearest-neighbour graph against a stable sort of all exact distances."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reidreg.retrieval import knn_graph as graph
 from reidreg.retrieval.distances import Distances
 from reidreg.retrieval.knn_graph import neighbour_graph
 from reidreg.retrieval.ranked_lists import ExactLists
@@ -19,16 +18,16 @@ def distances_of(features, metric="cosine"):
     return Distances(features, features, metric)
 
 
-def check(distances, k):
-    """The graph has what a sort of all distances has."""
+def check(distances, k, **options):
+    """The graph is that of a stable sort of all exact distances."""
     whole = slice(0, len(distances.query))
     exact = distances.exact(whole, whole).numpy()
     order = np.argsort(exact, axis=1, kind="stable")[:, :k]
-    found = neighbour_graph(distances, k)
+    found = neighbour_graph(distances, k, **options)
     assert found.items.tolist() == order.tolist()
     apart = np.abs(found.values - np.take_along_axis(exact, order, axis=1))
     assert apart.max() <= distances.slack
-    # The farthest is the farthest that float32 sees.
+    # The farthest image is chosen by float32 scores.
     scale = distances.weight * distances.query.longest**2
     assert np.abs(found.farthest - exact.max(axis=1)).max() <= 1e-6 * scale
 
@@ -41,13 +40,11 @@ def clustered(count, dim=12, seed=0):
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize(("count", "tile"), [(700, 2048), (700, 64), (200, 7), (129, 128)])
-def test_every_size_of_tile_gives_the_same_graph(metric, count, tile, monkeypatch):
+def test_every_size_of_tile_gives_the_same_graph(metric, count, tile):
     distances = distances_of(clustered(count), metric)
     whole = neighbour_graph(distances, 10)
-    monkeypatch.setattr(graph, "_TILE", tile)
-    monkeypatch.setattr(graph, "_BLOCK", tile)
-    check(distances, 10)
-    assert all(map(np.array_equal, neighbour_graph(distances, 10), whole))
+    check(distances, 10, tile=tile)
+    assert all(map(np.array_equal, neighbour_graph(distances, 10, tile=tile), whole))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16, 17])
@@ -71,12 +68,10 @@ def test_sets_full_of_duplicates_and_near_ties(seed, size, count, k, spread, met
     draw = np.random.default_rng(seed)
     pool = draw.standard_normal((size, 6))
     features = pool[draw.integers(0, size, count)] + spread * draw.standard_normal((count, 6))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "_TILE", tile)
-        check(distances_of(features, metric), k)
+    check(distances_of(features, metric), k, tile=tile)
 
 
-def test_a_crowd_that_float32_cannot_order_is_searched_again(monkeypatch):
+def test_a_cluster_that_float32_cannot_order_is_searched_again(monkeypatch):
     searched = []
     original = ExactLists.complete
 
@@ -89,16 +84,15 @@ def test_a_crowd_that_float32_cannot_order_is_searched_again(monkeypatch):
     features = draw.standard_normal((400, 12))
     features[100:180] = features[0] + 1e-6 * draw.standard_normal((80, 12))
     check(distances_of(features), 5)
-    # The crowd's 81, and those that see the crowd at the end of their lists.
+    # The cluster's 81 images, and those with the cluster at the end of their lists.
     assert 81 <= searched[0] < 100
 
 
 @pytest.mark.parametrize("falling", [True, False])
-def test_tiles_in_which_each_is_nearer_than_the_one_before(falling, monkeypatch):
-    # Along a line each further tile of the last images' rows has nearer ones than all before.
-    monkeypatch.setattr(graph, "_TILE", 60)
+def test_tiles_that_are_each_nearer_than_the_one_before(falling):
+    # On a line, each further tile in the rows of the last images has nearer images than all before.
     line = np.arange(300.0)[:, None] ** 1.3
-    check(distances_of(line[::-1] if falling else line, "euclidean"), 7)
+    check(distances_of(line[::-1] if falling else line, "euclidean"), 7, tile=60)
 
 
 @pytest.mark.parametrize("length", [1e-20, 1e20])
@@ -127,10 +121,8 @@ def test_precision_settings_of_the_process_change_nothing():
     assert all(map(np.array_equal, found, expected))
 
 
-def test_progress_ends_at_all_tiles(monkeypatch):
-    monkeypatch.setattr(graph, "_TILE", 30)
+def test_progress_ends_at_all_tiles():
     seen = []
-    neighbour_graph(
-        distances_of(clustered(100)), 5, progress=lambda done, total: seen.append((done, total))
-    )
+    distances = distances_of(clustered(100))
+    neighbour_graph(distances, 5, tile=30, progress=lambda *counts: seen.append(counts))
     assert seen == [(done, 10) for done in range(1, 11)]

@@ -1,4 +1,4 @@
-"""Sparse re-ranking against the dense definition, written out plainly."""
+"""Sparse re-ranking against the dense definition."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reidreg.errors import ConfigError, DataError
-from reidreg.retrieval import knn_graph as graph
-from reidreg.retrieval import reranking
 from reidreg.retrieval.metrics import retrieval_figures
 from reidreg.retrieval.ranking import match_positions, match_positions_of_rows
-from reidreg.retrieval.reranking import clipping_note, rerank_rows
+from reidreg.retrieval.reranking import Limits, clipping_note, rerank_rows
 from reidreg.values import Embeddings
 
 
@@ -83,30 +81,29 @@ def test_distances_equal_the_dense_definition(metric, k1, k2, lam):
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("limit", ["_BLOCK", "_PIECE", "_CELLS", "_PAIRS"])
-def test_the_pieces_that_the_work_is_cut_into_change_nothing(limit, metric, monkeypatch):
+@pytest.mark.parametrize(
+    "limits", [Limits(block=7), Limits(piece=7), Limits(cells=1000), Limits(pairs=2000)]
+)
+def test_limits_on_what_is_held_change_nothing(limits, metric):
     (query, gallery), _ = clustered(30, 170)
     whole = sparse(query, gallery, metric=metric)
-    monkeypatch.setattr(reranking, limit, {"_CELLS": 1000, "_PAIRS": 2000}.get(limit, 7))
-    assert sparse(query, gallery, metric=metric) == pytest.approx(whole, abs=1e-7)
+    assert sparse(query, gallery, metric=metric, limits=limits) == pytest.approx(whole, abs=1e-7)
 
 
-def test_equal_gallery_images_are_equally_far_wherever_they_stand(monkeypatch):
-    monkeypatch.setattr(reranking, "_PIECE", 50)
+def test_equal_gallery_images_are_at_equal_distances_wherever_they_stand():
     (query, gallery), _ = clustered(30, 170)
     gallery[[60, 169]] = gallery[3]
     query[:10] = gallery[3] * np.arange(1, 11)[:, None]
     for lam in (0.3, 1.0):
-        found = sparse(query, gallery, lam=lam)
+        found = sparse(query, gallery, lam=lam, limits=Limits(piece=50))
         assert found[:, [60, 169]].tolist() == found[:, [3, 3]].tolist()
         assert found[:10, [3, 60, 169]].min() >= 0
 
 
-def test_memory_is_far_below_that_of_a_matrix_of_all_pairs(monkeypatch):
-    monkeypatch.setattr(graph, "_TILE", 256)
+def test_memory_is_far_below_that_of_a_matrix_of_all_pairs():
     (query, gallery), _ = clustered(200, 4800, identities=400)
     tracemalloc.start()
-    for _ in rerank_rows(query, gallery, k1=6, k2=2, chunk=16):
+    for _ in rerank_rows(query, gallery, k1=6, k2=2, chunk=16, limits=Limits(tile=256)):
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -133,7 +130,7 @@ def test_features_on_a_gpu_give_the_same_rows(cuda):
         assert there.numpy() == pytest.approx(here.numpy(), abs=1e-6)
 
 
-def test_the_search_is_done_when_the_rows_are_asked_for():
+def test_the_search_is_done_before_the_first_row():
     (query, gallery), _ = clustered(10, 60)
     seen = []
     rows = rerank_rows(query, gallery, progress=lambda done, total: seen.append((done, total)))
@@ -142,7 +139,7 @@ def test_the_search_is_done_when_the_rows_are_asked_for():
 
 
 def test_some_members_lie_outside_of_the_neighbour_list():
-    # A chain: the neighbours' neighbours that agree reach further than the list of k1 + 1 itself.
+    # In a chain, the neighbours' neighbours reach further than the list of k1 + 1 images.
     line = np.arange(40, dtype=np.float32)[:, None] ** 1.5
     options = {"metric": "euclidean", "k1": 4, "k2": 2}
     assert sparse(line[:9], line[9:], **options) == pytest.approx(
@@ -176,7 +173,7 @@ def test_sets_full_of_duplicates_equal_the_dense_definition(
 
 
 def test_more_equal_images_than_a_list_holds_equal_the_dense_definition():
-    # The later of them are in nobody's list, not even their own, and so have an empty code.
+    # The later ones are in no list, not even their own, so their encoding is empty.
     (query, gallery), _ = clustered(5, 20)
     gallery[5:] = gallery[5]
     query[3:] = gallery[5]
@@ -198,7 +195,7 @@ def test_all_images_equal_gives_a_finite_distance():
     assert found == pytest.approx(dense(same[:10], same[10:], k1=5, k2=2), abs=1e-5)
 
 
-def test_a_share_of_one_keeps_the_original_order():
+def test_a_weight_of_one_keeps_the_original_order():
     (query, gallery), (query_pids, gallery_pids) = clustered(10, 60)
     ids = [torch.from_numpy(pids) for pids in (query_pids, gallery_pids)]
     zeros, ones = torch.zeros(10, dtype=torch.int64), torch.ones(60, dtype=torch.int64)
@@ -215,7 +212,7 @@ def test_a_share_of_one_keeps_the_original_order():
     assert better["mAP"] > retrieval_figures(raw)["mAP"]
 
 
-def test_clipped_lists_are_stated():
+def test_clipped_lists_are_reported():
     assert clipping_note(21) is None
     assert clipping_note(9, k1=5, k2=6) is None
     assert clipping_note(20) == (
@@ -230,17 +227,17 @@ def test_clipped_lists_are_stated():
         ({"k1": 0}, "k1: 0 is too small"),
         ({"k2": 0}, "k2: 0 is too small"),
         ({"chunk": 0}, "chunk: 0 is too small"),
-        ({"lam": 1.5}, "lam: 1.5 is no share"),
-        ({"lam": float("nan")}, "lam: nan is no share"),
+        ({"lam": 1.5}, "lam: 1.5 is out of range"),
+        ({"lam": float("nan")}, "lam: nan is out of range"),
         ({"metric": "dot"}, "metric: 'dot' is unknown"),
     ],
 )
-def test_wrong_options_are_noticed_before_the_first_row(options, line):
+def test_wrong_options_are_errors_before_the_first_row(options, line):
     with pytest.raises(ConfigError, match=line):
         rerank_rows(np.ones((2, 3)), np.ones((2, 3)), **options)
 
 
-def test_bad_features_are_noticed_before_the_first_row():
+def test_bad_features_are_errors_before_the_first_row():
     good = np.ones((2, 3))
     for bad, line in [
         (np.ones((2, 4)), "query features have 3 values each, gallery features have 4"),
