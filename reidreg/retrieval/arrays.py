@@ -1,4 +1,4 @@
-"""Array types, and runs of different lengths that lie side by side in one array."""
+"""Array types, and ragged arrays: runs of different lengths stored one after the other."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def ragged(starts: IntArray, sizes: IntArray) -> IntArray:
-    """The runs `starts[i], starts[i] + 1, ...` of the given sizes, one after the other."""
+    """The index runs `starts[i], starts[i] + 1, ...` of the given sizes, concatenated."""
     before = np.cumsum(sizes) - sizes
     return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
 
 
 def starts_of(sizes: IntArray) -> IntArray:
-    """Where each of the runs starts, and where the last one ends."""
+    """The start of each run, and the end of the last one: (n + 1,) for sizes (n,)."""
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

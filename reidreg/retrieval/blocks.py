@@ -1,4 +1,4 @@
-"""How the work is cut up: blocks that fit a memory budget, and threads that share them."""
+"""How work is divided: blocks that fit a memory budget, and threads."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 
 from reidreg.retrieval.options import check_at_least
 
-Progress: TypeAlias = Callable[[int, int], None]  # called with the steps done and of all
+Progress: TypeAlias = Callable[[int, int], None]  # called with the steps done and their total
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_MOST_QUERIES = 2**11  # so that keys of 64 bits have room for a query's number
+_MOST_QUERIES = 2**11  # a query's number then fits the sort keys of `reidreg.retrieval.counting`
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How much is held at a time, so that the budget is kept.
+    """How many of each are held at a time to stay within a memory budget.
 
     Args:
         queries: Query vectors in float32.
         gallery: Gallery vectors in float32.
-        exact: Gallery vectors in the parts that exact distances are made of.
-        strip: Values whose places among the matches are looked up at once.
+        exact: Gallery vectors prepared for exact distances.
+        strip: Scores that are counted at a time.
     """
 
     queries: int
@@ -38,10 +38,10 @@ class MemoryPlan:
 
     @classmethod
     def of(cls, budget_mib: float, dim: int, queries: int) -> MemoryPlan:
-        """The plan for a budget in MiB, vectors of `dim` numbers, and so many queries."""
+        """The plan for a budget in MiB, vectors of width `dim` and a number of queries."""
         check_at_least("budget_mib", budget_mib, 1)
         budget = int(budget_mib * 2**20)
-        tile = budget // 64  # a sixteenth: wide where queries are few, else square
+        tile = budget // 64  # values of a sixteenth of it; square unless queries are few
         rows = max(1, min(queries, math.isqrt(tile), budget // 8 // (dim * 8), _MOST_QUERIES))
         return cls(
             queries=rows,
@@ -52,12 +52,12 @@ class MemoryPlan:
 
 
 def spans(count: int, size: int) -> list[slice]:
-    """The slices that cut `count` rows into pieces of `size`."""
+    """Slices that cut `count` rows into pieces of `size`; the last may be smaller."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def even_spans(count: int, most: int) -> list[slice]:
-    """The fewest slices of at most `most` rows, all of a size but for the last.
+    """The fewest slices of at most `most` rows, all of one size except the last.
 
     The size is a multiple of 64 if `most` is.
     """
@@ -67,15 +67,15 @@ def even_spans(count: int, most: int) -> list[slice]:
 
 
 def _aligned(size: int) -> int:
-    """The largest multiple of 64 that is no larger, or the size itself where there is none.
+    """The size rounded down to a multiple of 64; a size below 64 stays.
 
-    Products of matrices take up to twice as long where rows begin anywhere in memory.
+    Matrix products take up to twice as long if rows are not aligned.
     """
     return max(1, size // 64 * 64 or size)
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """What a function gives for each item; numpy lets as many of them run as torch has threads."""
+    """Map a function over items on as many threads as torch uses; numpy releases the GIL."""
     threads = min(torch.get_num_threads(), len(items))
     if threads < 2:
         return [function(item) for item in items]

@@ -1,4 +1,4 @@
-"""Which cameras find people in which: the figures of each pair of cameras."""
+"""Figures for each pair of a query camera and a gallery camera."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def camera_pairs(
     budget_mib: float = 256,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """mAP and rank-1 of one camera's queries against the images of one camera alone.
+    """mAP and rank-1 of each camera's queries against the gallery images of one camera.
 
-    The rule of what is left out is kept, so that with `same_camera` `drop` no camera is paired
-    with itself. Each camera of the gallery is ranked once; together that is one more evaluation.
+    The same-camera rule applies: with `same_camera` `drop` no camera is paired with itself. Each
+    gallery camera is ranked once, which together costs one more evaluation.
 
     Args:
         query: Q embeddings.
@@ -36,22 +36,22 @@ def camera_pairs(
         metric: `cosine` or `euclidean` (squared).
         same_camera: `drop` or `keep`.
         ap: `rectangle` or `trapezoid`.
-        budget_mib: Memory to use beside the features, in MiB.
+        budget_mib: Memory to use in addition to the features, in MiB.
         progress: Called with the number of cameras done and of all.
 
     Returns:
         `query_camera, gallery_camera, num_queries, mAP, rank1` of each pair in which a query has a
-        match, ordered by both cameras; `num_queries` are those with a match there.
+        match, sorted by both cameras; `num_queries` counts the queries with a match.
 
     Raises:
-        DataError: The features or labels do not fit together, or are not finite.
+        DataError: Shapes do not match, or a feature is not finite.
         ConfigError: An option is wrong.
     """
     query_camids = query.camids.cpu().numpy()
     cameras = np.unique(gallery.camids.cpu().numpy())
     rows = []
     for done, camera in enumerate(cameras.tolist(), 1):
-        # What other cameras took is junk here, which costs neither a copy nor a distance.
+        # Images of other cameras are made junk, which needs no copy and computes no distance.
         pids = gallery.pids.masked_fill(gallery.camids != camera, JUNK)
         alone = replace(gallery, pids=pids)
         if len(labels_of_sides(query, alone, same_camera).matches()[0]):

@@ -1,17 +1,16 @@
-"""Distances between vectors that are the same whatever else is computed beside them.
+"""Distances that depend on their two vectors alone, down to the last bit.
 
-A distance must be a function of its two vectors alone; but a matrix product adds up in an order
-that depends on the tile's shape, the number of threads and the device, so that two equal vectors
-may come out one unit in the last place apart. Hence three ways to a distance, each surer than the
-one before, and each with a bound on how far it is from the last:
+The summation order of a matrix product depends on the tile's shape, the number of threads and the
+device, so two equal vectors may come out at slightly different distances. Hence there are three
+kinds of distance, each more precise than the one before, with known bounds on their differences:
 
-- `Distances.scores` is a matrix product in float32, as fast as the machine has one. Where two items
-  are further apart than the bound (nearly always), their order is certain.
-- `Distances.pairs`, `Distances.near_pairs` and `Distances.approximate` add up in float64.
-- `Distances.exact` settles the rest. It writes each vector as `high + low` on two grids so coarse
-  that every product, and every partial sum of products in whatever order, is a whole multiple of
-  the grid's unit and fits the 53 bits of a float64. A sum without rounding has no order: the
-  outcome is the same bits on every tile, thread count and device, and equal vectors tie.
+- `Distances.scores` is a plain matrix product in float32. If two scores differ by more than the
+  bound (nearly always), the order of the items is certain.
+- `Distances.pairs`, `Distances.near_pairs` and `Distances.approximate` are summed in float64.
+- `Distances.exact` decides the rest. It writes each vector as `high + low` on two grids so coarse
+  that every product, and every partial sum of products in any order, is a multiple of the grid's
+  unit and fits the 53 bits of a float64. Without rounding the order of summation does not matter:
+  the result has the same bits on every tile, thread count and device, and equal vectors tie.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ from reidreg.retrieval.vectors import Features, Rows, Side
 METRICS = ("cosine", "euclidean")
 
 _GROUP = 64  # queries whose matches are measured together
-_CHUNK = 128  # products that float32 adds up at a time
-_COLUMNS = 1024  # gallery items whose sums stay in a cache meanwhile
-_CACHED = 2**16  # float64 values that fit a cache
+_CHUNK = 128  # products that are summed in float32 at a time; shorter sums round less
+_COLUMNS = 1024  # gallery items whose partial sums stay in the CPU's cache
+_CACHED = 2**16  # float64 values that fit the CPU's cache
 
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Products of float32 matrices in float32, whatever the process has set for its training.
+    """Compute float32 matrix products in full float32, whatever training has set.
 
-    TF32, bfloat16 passes and autocast would make every bound on a rounding error wrong.
+    TF32, bfloat16 and autocast would invalidate the bounds on rounding errors.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -57,12 +56,12 @@ def full_float32() -> Iterator[None]:
 class Distances:
     """Distances between two sets of features, in float64.
 
-    Squared Euclidean, or 1 - cosine, which is computed as what it is: half the squared Euclidean
-    distance of the vectors divided by their norms.
+    Squared Euclidean, or 1 - cosine, which is computed as half the squared Euclidean distance of
+    the vectors divided by their norms.
 
     Args:
         query: (Q, D) features.
-        gallery: (G, D) features; the same object as `query` compares a set with itself.
+        gallery: (G, D) features; pass the same object as `query` to compare a set with itself.
         metric: `cosine` or `euclidean`.
         paths: The files of the two sides, for errors.
 
@@ -96,32 +95,32 @@ class Distances:
 
     @property
     def slack(self) -> float:
-        """An approximate distance and the exact one differ by less than this.
+        """Bound on the difference of a distance in float64 and the exact one.
 
-        A sum of D products is off by at most D * 2**-53 of the two norms' product; what the grids
-        of `exact` leave out is at most D * 2**-50 of the norms' sum, squared. The rest is room.
+        The error of a sum of D products is at most D * 2**-53 of the two norms' product; what the
+        grids of `exact` leave out is at most D * 2**-50 of the squared sum of the norms. The rest
+        is margin.
         """
         reach = (self.query.longest + self.gallery.longest) ** 2
         return self.weight * reach * (self.dim + 8) * 2.0**-49
 
-    # A query's scores rise with its distances, and are what float32 computes with the smallest
-    # error: minus the cosine, or half of a squared distance less the query's own square, in units
-    # of `scale` squared.
+    # A score orders a query's items as the distance does, with a smaller float32 error: minus the
+    # cosine, or half of (squared distance - squared norm of the query), in units of scale**2.
 
     @property
     def scale(self) -> float:
-        """What vectors are divided by for their scores, so that none is longer than 1."""
+        """The divisor of vectors in scores, so that none is longer than 1."""
         return max(self.query.longest, self.gallery.longest) or 1.0
 
     @property
     def score_slack(self) -> float:
-        """A score and the one that follows from the exact distance differ by less than this.
+        """Bound on the difference of a score and the score of the exact distance.
 
-        A sum of n float32 products in any order is off by at most n * 2**-24 of the two norms'
-        product (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1), which
-        is at most 1; adding up `_CHUNK` at a time makes n the longest way of an addend to the sum.
-        8 of the 10 are what the vectors are off by, the rest is room; half squares are added for
-        squared distances.
+        The error of a sum of n float32 products in any order is at most n * 2**-24 of the two
+        norms' product (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1),
+        which is at most 1; with sums of `_CHUNK`, n is the largest number of additions that a
+        product takes part in. Of the 10 extra steps, 8 are for the rounding of the vectors, the
+        rest is margin. Euclidean scores have half squares added, which doubles the bound.
         """
         steps = min(self.dim, _CHUNK) + math.ceil(self.dim / _CHUNK) + 10
         return steps * 2.0**-24 * (1.0 if self.query.unit else 2.0) + 2 * self.slack / self.scale**2
@@ -134,7 +133,7 @@ class Distances:
         return (values - squares) / (2 * self.scale**2)
 
     def score_items(self, items: slice | IntArray) -> tuple[Tensor, Tensor | None]:
-        """Gallery vectors (n, D) float32 for `scores`, with what is added to their scores."""
+        """Gallery vectors (n, D) float32 for `scores`, and the term (n,) added to their scores."""
         vectors = self.gallery.fast(items, self.scale)
         if self.query.unit:
             return vectors, None
@@ -146,7 +145,7 @@ class Distances:
         return self.query.fast(queries, self.scale, -1)
 
     def scores(self, queries: Tensor, items: tuple[Tensor, Tensor | None], out: Tensor) -> Tensor:
-        """Scores (n, m) float32 within `score_slack`, written to `out`; in `full_float32` only."""
+        """Scores (n, m) float32 within `score_slack`, written to `out`; needs `full_float32`."""
         vectors, added = items
         first, *rest = (slice(k, k + _CHUNK) for k in range(0, self.dim, _CHUNK))
         for some in spans(len(vectors), _COLUMNS if out.device.type == "cpu" else len(vectors)):
@@ -156,18 +155,18 @@ class Distances:
         return out if added is None else out.add_(added)
 
     def approximate(self, queries: Rows, items: Rows) -> Tensor:
-        """Distances (n, m) within `slack`, as fast as may be."""
+        """Distances (n, m) within `slack`, by one matrix product in float64."""
         sums = queries.squares[:, None] + items.squares
         weight = self.weight
         return sums.addmm_(queries.vectors, items.vectors.T, beta=weight, alpha=-2 * weight)
 
     def exact(self, queries: slice | IntArray, items: slice | IntArray) -> Tensor:
-        """Distances (n, m) that depend on their two vectors alone; equal vectors are at 0."""
+        """Distances (n, m) that depend on their two vectors alone; 0 for equal vectors."""
         high, low = self.query.split(queries)
         item_high, item_low = self.gallery.split(items)
         mixed = (high @ item_low.T).addmm_(low, item_high.T)
         mixed = (high * low).sum(dim=1)[:, None] + (item_high * item_low).sum(dim=1) - mixed
-        out = _apart(high, item_high) + _apart(low, item_low) + 2 * mixed
+        out = _squared_distances(high, item_high) + _squared_distances(low, item_low) + 2 * mixed
         return out.clamp_(min=0).mul_(self.weight)
 
     def exact_pairs(
@@ -176,10 +175,10 @@ class Distances:
         """Exact distances of single pairs, (M,).
 
         Args:
-            queries: (M,) rows of the query side, equal ones side by side.
-            items: (M,) rows of the gallery side.
+            queries: (M,) query indices, equal ones adjacent.
+            items: (M,) gallery indices.
             width: How many gallery vectors to hold at a time.
-            group: How many queries to take together, with all items that any of them wants.
+            group: How many queries to process together, with all of their items.
         """
 
         def measure(queries: IntArray, items: IntArray) -> FloatArray:
@@ -190,7 +189,7 @@ class Distances:
     def near_pairs(
         self, queries: IntArray, items: IntArray, width: int, group: int = _GROUP
     ) -> FloatArray:
-        """As `exact_pairs`, within `slack`: for pairs of which many share their items."""
+        """As `exact_pairs`, but within `slack`; for pairs that share many of their items."""
 
         def measure(queries: IntArray, items: IntArray) -> FloatArray:
             return np.asarray(self.query.float64(queries) @ self.gallery.float64(items).T)
@@ -219,11 +218,11 @@ class Distances:
         return out
 
     def pairs(self, queries: IntArray, items: IntArray) -> FloatArray:
-        """Distances of single pairs, (M,) float64, within `slack`, on any number of threads.
+        """Distances of single pairs, (M,) float64, within `slack`, on several threads.
 
         Args:
-            queries: (M,) rows of the query side, equal ones side by side.
-            items: (M,) rows of the gallery side.
+            queries: (M,) query indices, equal ones adjacent.
+            items: (M,) gallery indices.
         """
         most = max(1, _CACHED // self.dim)
         bounds = np.flatnonzero(np.diff(queries, prepend=-1, append=-1))
@@ -234,19 +233,19 @@ class Distances:
         def multiply(some: slice) -> None:
             for run in runs[some]:
                 query = self.query.float64(queries[run.start : run.start + 1])[0]
-                # einsum adds up in one order, whatever else runs.
+                # einsum sums in a fixed order, however many threads run.
                 products[run] = np.einsum("kd,d->k", self.gallery.float64(items[run]), query)
 
         in_threads(multiply, spans(len(runs), 256))
         return self._of_products(products, queries, items)
 
     def listed(self, queries: IntArray, items: IntArray) -> FloatArray:
-        """As `pairs`: distances (n, m) of queries (n,) to their items (n, m)."""
+        """As `pairs`, for queries (n,) and their lists of items (n, m): distances (n, m)."""
         pairs = np.repeat(queries, items.shape[1]), items.reshape(-1)
         return self.pairs(*pairs).reshape(items.shape)
 
     def _of_products(self, products: FloatArray, queries: IntArray, items: IntArray) -> FloatArray:
-        """Distances (M,) of pairs from products of their vectors as they were given."""
+        """Distances (M,) of pairs from the products of their features as given."""
         left: FloatArray = self.query.norms.cpu().numpy()[queries]
         right: FloatArray = self.gallery.norms.cpu().numpy()[items]
         if self.query.unit:
@@ -259,9 +258,9 @@ class Distances:
         """Distances of some queries to the whole gallery, (n, G).
 
         Args:
-            queries: Rows of the query side.
+            queries: Query indices.
             width: How many gallery vectors to hold at a time.
-            exact: Exact distances, or approximate ones.
+            exact: Whether distances are exact, or within `slack`.
         """
         left = self.query.rows(queries)
         shape = len(left.squares), len(self.gallery)
@@ -275,7 +274,7 @@ class Distances:
         return out
 
 
-def _apart(left: Tensor, right: Tensor) -> Tensor:
-    """Squared Euclidean distances of vectors whose products are sums without rounding."""
+def _squared_distances(left: Tensor, right: Tensor) -> Tensor:
+    """Squared Euclidean distances (n, m) of vectors whose products are summed without rounding."""
     squares = (left * left).sum(dim=1)[:, None] + (right * right).sum(dim=1)
     return squares.sub_(left @ right.T, alpha=2)

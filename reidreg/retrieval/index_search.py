@@ -1,9 +1,9 @@
-"""The nearest of many vectors, exactly: what an index is built on, and measured against.
+"""Exact nearest-neighbour search: the base of every index, and what its recall is measured against.
 
 faiss compares float32 vectors and finds candidates; exact distances (`reidreg.retrieval.distances`)
 put them in order. Of two items at equal distance the earlier one is nearer. For a gallery that is
-searched once there is `reidreg.retrieval.ranked_lists`; here the gallery is prepared once and
-searched often.
+searched once, use `reidreg.retrieval.ranked_lists`; here the gallery is prepared once and searched
+often.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from reidreg.retrieval.vectors import Features, Side
 Float32Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
-SPARE = 32  # further candidates that a search fetches, so that rounding cannot hide one
+SPARE = 32  # candidates beyond k that a search fetches, so that rounding cannot hide a neighbour
 _BLOCK = 65_536  # vectors that are compared at a time
-_HELD = 2**24  # float32 numbers of candidates' vectors that are held at a time: 64 MiB
+_HELD = 2**24  # float32 values of candidates' vectors that are held at a time: 64 MiB
 _GROUP = 8  # queries whose candidates are measured together
 
 
@@ -48,11 +48,11 @@ class Vectors:
         return int(self._ends[-1])
 
     def followed_by(self, piece: Float32Array) -> Vectors:
-        """These rows and then further ones; nothing is copied."""
+        """These rows with further ones appended; nothing is copied."""
         return Vectors([*self.pieces, piece])
 
     def take(self, index: IntArray) -> Float32Array:
-        """Copies of some rows, (len(index), D)."""
+        """A copy of the selected rows, (len(index), D)."""
         out = np.empty((len(index), self.dim), dtype=np.float32)
         holder = np.searchsorted(self._ends, index, side="right")
         for number in np.unique(holder):
@@ -61,7 +61,7 @@ class Vectors:
         return out
 
     def blocks(self, size: int = _BLOCK) -> Iterator[tuple[int, Float32Array]]:
-        """All rows in order: the number of the first one, and up to `size` of them."""
+        """All rows in order: (index of the first row, up to `size` rows)."""
         start = 0
         for piece in self.pieces:
             for span in spans(len(piece), size):
@@ -71,15 +71,14 @@ class Vectors:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """How features are compared, and how faiss is given them.
+    """How features are compared, and how they are converted for faiss.
 
-    faiss always compares squared Euclidean distances of float32 vectors. For the cosine metric the
-    vectors have length 1; for the Euclidean one they are divided by `scale`, so that no square
-    overflows.
+    faiss always computes squared Euclidean distances of float32 vectors. For the cosine metric the
+    vectors are normalised; for euclidean they are divided by `scale`, so that no square overflows.
 
     Args:
         metric: `cosine` or `euclidean` (squared).
-        scale: What vectors are divided by, 1 for cosine.
+        scale: The divisor of vectors, 1 for cosine.
         longest: The norm of the longest item.
     """
 
@@ -89,40 +88,40 @@ class Space:
 
     @classmethod
     def of(cls, metric: str, side: Side) -> Space:
-        """The space of an index that begins with these items."""
+        """The space of an index whose first items these are."""
         return cls(metric, side.longest or 1.0, side.longest)
 
     def with_items(self, side: Side) -> Space:
-        """The space with further items in it."""
+        """The space after adding items."""
         return replace(self, longest=max(self.longest, side.longest))
 
     def side(self, name: str, features: Features, paths: Sequence[str] = ()) -> Side:
-        """Features that are checked: finite and, for the cosine metric, not zero.
+        """Features, checked to be finite and, for the cosine metric, not zero.
 
         Raises:
-            DataError: They are not; the line names the first one.
+            DataError: A feature is not; the message names the first one.
         """
         return checked_side(name, features, self.metric, paths)
 
     def float32(self, side: Side, index: slice | IntArray) -> Float32Array:
-        """Some vectors as faiss is given them, (n, D)."""
+        """The selected vectors as faiss compares them, (n, D)."""
         vectors: Float32Array = np.ascontiguousarray(side.fast(index, self.scale).numpy())
         if not self.metric == "cosine" and not np.isfinite(vectors).all():
             raise DataError(
                 f"features of norm {side.longest:.3g} do not fit an index of features of norm "
-                f"{self.scale:.3g}; build it anew from all of them"
+                f"{self.scale:.3g}; rebuild it from all features"
             )
         return vectors
 
     def scores(self, distances: FloatArray) -> Float32Array:
-        """Distances as they are shown: cosine similarities, or squared Euclidean distances."""
-        shown = 1 - distances if self.metric == "cosine" else distances
-        with np.errstate(over="ignore"):  # infinite then
-            return shown.astype(np.float32)
+        """The scores of distances: cosine similarities, or squared Euclidean distances."""
+        scores = 1 - distances if self.metric == "cosine" else distances
+        with np.errstate(over="ignore"):  # beyond float32 they are infinite
+            return scores.astype(np.float32)
 
 
 def checked_side(name: str, features: Features, metric: str, paths: Sequence[str] = ()) -> Side:
-    """As `Space.side`, for a metric that is to be checked as well."""
+    """As `Space.side`, for a metric that is not checked yet."""
     check_choice("metric", metric, METRICS)
     return Side(name, features, paths, metric, torch.device("cpu"))
 
@@ -131,7 +130,7 @@ def checked_side(name: str, features: Features, metric: str, paths: Sequence[str
 
 
 def select(allowed: Mask | None) -> Any:
-    """faiss's way to say which items may be found, or None for all of them."""
+    """A faiss selector of the allowed items, or None for all."""
     import faiss
 
     if allowed is None:
@@ -140,40 +139,40 @@ def select(allowed: Mask | None) -> Any:
 
 
 class BruteForce:
-    """Candidates by comparing a query with every item.
+    """Candidates by comparing each query with every item.
 
     Args:
         vectors: The items.
         space: How they are compared.
-        keep: Whether to keep the float32 vectors for further searches; otherwise they are made of
-            the items block by block, in constant memory.
+        keep: Whether to keep the converted vectors for further searches; otherwise each search
+            converts the items block by block, in constant memory.
     """
 
     def __init__(self, vectors: Vectors, space: Space, keep: bool = False) -> None:
         self.vectors, self.space = vectors, space
-        self._kept = list(self._made(vectors)) if keep else None
+        self._kept = list(self._converted(vectors)) if keep else None
 
     def extended(self, vectors: Vectors, space: Space, piece: Float32Array) -> BruteForce:
-        """The same with a piece more, `vectors` being all of them."""
+        """The same with one more piece; `vectors` are all of them."""
         out = BruteForce(vectors, space)
         if self._kept is not None:
             start = len(self.vectors)
-            made = ((start + first, index) for first, index in out._made(Vectors([piece])))
-            out._kept = [*self._kept, *made]
+            added = ((start + first, index) for first, index in out._converted(Vectors([piece])))
+            out._kept = [*self._kept, *added]
         return out
 
     def candidates(
         self, queries: Float32Array, fetch: int, allowed: Mask | None = None
     ) -> tuple[Float32Array, IntArray]:
-        """The nearest items by float32 distances: those, and the items' numbers, (Q, fetch).
+        """The nearest items in float32: distances (Q, fetch) and item numbers (Q, fetch).
 
-        Where there are fewer, the numbers are -1.
+        Missing items have number -1.
         """
         import faiss
 
         best = np.full((len(queries), fetch), np.inf, dtype=np.float32)
         items = np.full((len(queries), fetch), -1, dtype=np.int64)
-        for start, block in self._kept or self._made(self.vectors):
+        for start, block in self._kept or self._converted(self.vectors):
             count = min(fetch, block.ntotal)
             here = None if allowed is None else allowed[start : start + block.ntotal]
             params = faiss.SearchParameters(sel=select(here))
@@ -185,7 +184,7 @@ class BruteForce:
             best, items = (np.take_along_axis(values, order, axis=1) for values in both)
         return best, items
 
-    def _made(self, vectors: Vectors) -> Iterator[tuple[int, Any]]:
+    def _converted(self, vectors: Vectors) -> Iterator[tuple[int, Any]]:
         import faiss
 
         for start, block in vectors.blocks():
@@ -201,16 +200,16 @@ class BruteForce:
 def measured(
     queries: Float32Array, vectors: Vectors, items: IntArray, metric: str
 ) -> tuple[FloatArray, IntArray]:
-    """Candidates in the order of their exact distances.
+    """Candidates sorted by their exact distances.
 
     Args:
         queries: (Q, D) raw features.
         vectors: The raw features of all items.
-        items: (Q, C) numbers of candidates, -1 for none.
+        items: (Q, C) item numbers of candidates, -1 for none.
         metric: `cosine` or `euclidean`.
 
     Returns:
-        Distances (Q, C), infinite for none, and numbers (Q, C); both in order.
+        Distances (Q, C), infinite for none, and item numbers (Q, C), nearest first.
     """
     out = np.full(items.shape, np.inf)
     rows = max(1, _HELD // max(items.shape[1] * vectors.dim, 1))
@@ -218,9 +217,9 @@ def measured(
         query, column = np.nonzero(items[span] >= 0)
         if not len(query):
             continue
-        found, place = np.unique(items[span][query, column], return_inverse=True)
+        found, position = np.unique(items[span][query, column], return_inverse=True)
         distances = Distances(queries[span], vectors.take(found), metric)
-        pairs = query.astype(np.int64), place.reshape(-1).astype(np.int64)
+        pairs = query.astype(np.int64), position.reshape(-1).astype(np.int64)
         out[span][query, column] = distances.exact_pairs(*pairs, _BLOCK // 16, _GROUP)
     order = np.lexsort((items, out), axis=1)
     return np.take_along_axis(out, order, axis=1), np.take_along_axis(items, order, axis=1)
@@ -229,20 +228,21 @@ def measured(
 def exact_search(
     queries: Side, raw: Float32Array, force: BruteForce, k: int, allowed: Mask | None = None
 ) -> tuple[FloatArray, IntArray]:
-    """The k nearest items of each query, without a doubt about any of them.
+    """The k nearest items of each query, exactly.
 
-    Where the last one taken is not clearly nearer than all that were not fetched, more are.
+    The search is repeated with more candidates for the queries whose k-th item is not certainly
+    nearer than all items that were not fetched.
 
     Args:
-        queries: The checked queries.
-        raw: Their features, (Q, D).
+        queries: The queries, checked.
+        raw: Their raw features, (Q, D).
         force: The items.
         k: The length of the lists.
         allowed: (N,) the items that may be found, or None for all.
 
     Returns:
-        Distances (Q, k) float64 and numbers of items (Q, k); where there are fewer, the
-        distances are infinite and the numbers -1.
+        Distances (Q, k) float64 and item numbers (Q, k); missing items have an infinite distance
+        and number -1.
     """
     vectors, space = force.vectors, force.space
     everything = np.arange(len(vectors)) if allowed is None else np.flatnonzero(allowed)
@@ -261,20 +261,30 @@ def exact_search(
             exact, found = measured(raw[rows], vectors, found, space.metric)
             distances[rows, :width], items[rows, :width] = exact[:, :width], found[:, :width]
             if fetch < count:
-                least = _least(near[:, -1], queries, rows, space, vectors.dim)
+                least = _least_unfetched(near[:, -1], queries, rows, space, vectors.dim)
                 again.append(rows[~(exact[:, width - 1] < least)])
         unsure = np.concatenate(again) if again else unsure[:0]
         fetch = min(8 * fetch, count)
     return distances, items
 
 
-def _least(last: Float32Array, queries: Side, rows: IntArray, space: Space, dim: int) -> FloatArray:
-    """No item that was not fetched is nearer than this, whatever float32 rounded."""
+def _least_unfetched(
+    last: Float32Array, queries: Side, rows: IntArray, space: Space, dim: int
+) -> FloatArray:
+    """(n,) A lower bound on the exact distance of all items that were not fetched.
+
+    Args:
+        last: (n,) the float32 distance of the last item fetched.
+        queries: The query side.
+        rows: (n,) query indices.
+        space: How vectors are compared.
+        dim: Their width.
+    """
     unit = space.metric == "cosine"
     reach = 1.0 if unit else np.maximum(queries.norms[rows].numpy(), space.longest) / space.scale
-    # Sums of D products of the two vectors, of which neither is longer than the reach; the 16 are
-    # the roundings of the vectors. What float32 cannot tell from zero is below the last term.
+    # The error of sums of D products of two vectors no longer than the reach, with 16 steps for the
+    # rounding of the vectors; the last term bounds what float32 rounds to zero.
     rounding = (dim + 16) * 2.0**-22 * np.square(reach) + dim * 2.0**-140
-    # Infinite where float32 overflowed: then there is no telling.
+    # Where float32 overflowed, nothing is known.
     known = np.where(np.isfinite(last), last.astype(np.float64) - rounding, -np.inf)
     return np.asarray(known * space.scale**2 * (0.5 if unit else 1.0))

@@ -1,7 +1,7 @@
-"""Who matches whom: the labels of query and gallery, and the rule of what is left out.
+"""Query-gallery matches by their labels, and the filter of junk and same-camera items.
 
-A gallery item matches a query if it shows the same pid. Junk (pid -1) is left out for every query;
-so are, unless `same_camera` is `keep`, the items of the query's pid by the query's own camera.
+A gallery item matches a query if it has the same pid. Junk (pid -1) is left out for every query;
+unless `same_camera` is `keep`, so are items of the query's pid and camera.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Matchable:
 
     Args:
         valid: Queries with a match.
-        without_gallery: Queries whose identity is not in the gallery.
-        same_camera_only: Queries whose identity is there, but under their own camera only.
+        without_gallery: Queries whose pid is not in the gallery.
+        same_camera_only: Queries whose pid is in the gallery, but only under their own camera.
     """
 
     valid: int
@@ -41,15 +41,15 @@ class Matchable:
 
 @dataclass(frozen=True, slots=True)
 class MatchLabels:
-    """The pids of both sides, and a number for each (pid, camera).
+    """The labels of both sides.
 
     Args:
         query_pids: (Q,).
         gallery_pids: (G,).
-        query_pid_cam_ids: (Q,) a number for each (pid, camera).
+        query_pid_cam_ids: (Q,) an id of each (pid, camid) pair.
         gallery_pid_cam_ids: (G,) likewise.
         query_camids: (Q,).
-        drop: Whether gallery items of the query's place are left out.
+        drop: Whether gallery items of the query's pid and camera are left out.
         junk: Whether junk is left out.
     """
 
@@ -93,13 +93,13 @@ class MatchLabels:
         return replace(self, drop=False, junk=False)
 
     def hidden(self) -> IntArray:
-        """(Q,) How many gallery items are left out because the query's camera took them."""
+        """(Q,) The number of gallery items left out for their pid and camera."""
         if not self.drop:
             return np.zeros(len(self.query_pids), dtype=np.int64)
         return _occurrences(self.query_pid_cam_ids, self.gallery_pid_cam_ids[self.kept])
 
     def matches(self) -> tuple[IntArray, IntArray]:
-        """All pairs (query, gallery item) that are a match, ordered by both."""
+        """All matching pairs: query indices and gallery indices, sorted by both."""
         queries, columns = same_pid(self.query_pids, self.gallery_pids[self.kept])
         items = self.kept[columns]
         if not self.drop:
@@ -109,7 +109,7 @@ class MatchLabels:
 
 
 def same_pid(queries: IntArray, gallery: IntArray) -> tuple[IntArray, IntArray]:
-    """All pairs of a query and a gallery item of equal pids, ordered by both."""
+    """All pairs of equal pids: query indices and gallery indices, sorted by both."""
     order = np.argsort(gallery, kind="stable")
     ordered = gallery[order]
     first = np.searchsorted(ordered, queries, side="left")
@@ -124,7 +124,7 @@ def check_matchable(
     gallery_camids: Ids,
     same_camera: str = "drop",
 ) -> Matchable:
-    """Look at the labels alone: how many queries have a match.
+    """Count the queries that have a match, from the labels alone.
 
     Args:
         query_pids: (Q,) identities.
@@ -134,14 +134,15 @@ def check_matchable(
         same_camera: `drop` leaves out gallery items of the query's pid and camera; `keep` does not.
 
     Raises:
-        DataError: No query has a match; the line names the likely cause.
-        ConfigError: `same_camera` is neither.
+        DataError: No query has a match; the message names the likely cause.
+        ConfigError: `same_camera` is unknown.
     """
     labels = MatchLabels.of(query_pids, query_camids, gallery_pids, gallery_camids, same_camera)
     return count_matchable(labels)
 
 
 def count_matchable(labels: MatchLabels) -> Matchable:
+    """As `check_matchable`, for labels that are checked already."""
     shared = _occurrences(labels.query_pids, labels.gallery_pids[labels.kept])
     valid = int(np.count_nonzero(shared > labels.hidden()))
     absent = int(np.count_nonzero(shared == 0))
@@ -157,7 +158,7 @@ def _why_unmatched(labels: MatchLabels, absent: int) -> str:
     if absent == count:
         one, other = int(labels.query_pids[0]), int(labels.gallery_pids[labels.kept[0]])
         return (
-            f"not one of the {count} query images has its pid there (query has {one}, "
+            f"none of the {count} query images has its pid there (query has {one}, "
             f"gallery has {other}, ...); check the two folders and how pids are read"
         )
     cameras = np.unique(labels.query_camids)
@@ -170,7 +171,7 @@ def _why_unmatched(labels: MatchLabels, absent: int) -> str:
 
 
 def _ids(side: str, pids: Ids, camids: Ids) -> tuple[IntArray, IntArray]:
-    """Both as int64, after the checks that the rest relies on."""
+    """Both as int64 arrays, checked."""
     arrays = []
     for name, values in (("pids", pids), ("camids", camids)):
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
@@ -185,14 +186,14 @@ def _ids(side: str, pids: Ids, camids: Ids) -> tuple[IntArray, IntArray]:
 
 
 def _occurrences(wanted: IntArray, among: IntArray) -> IntArray:
-    """How often each of the wanted values is among the others."""
+    """How often each wanted value occurs in `among`."""
     ordered = np.sort(among)
     last = np.searchsorted(ordered, wanted, side="right")
     return (last - np.searchsorted(ordered, wanted, side="left")).astype(np.int64)
 
 
 def labels_of_sides(query: Embeddings, gallery: Embeddings, same_camera: str) -> MatchLabels:
-    """The labels of both sides, as many as there are features."""
+    """The labels of both sides; checks that there is one for each feature."""
     labels = MatchLabels.of(query.pids, query.camids, gallery.pids, gallery.camids, same_camera)
     for name, features, pids in (
         ("query", query.features, labels.query_pids),

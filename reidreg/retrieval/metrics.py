@@ -1,7 +1,7 @@
-"""Match positions -> CMC, AP and INP: plain array arithmetic in float64, fractions 0..1.
+"""Match positions -> CMC, mAP and mINP, as fractions 0..1 in float64.
 
-The positions are ragged (each query has its own number of matches) and stay so: a sum per query is
-a sum over its run. A query without a match has no figure and is not counted among the valid ones.
+Positions stay ragged (the number of matches varies by query): a sum per query is a sum over a run.
+A query is valid if it has a match; the others are in no figure.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def retrieval_figures(
     """The figures of an evaluation, ready for JSON.
 
     Args:
-        matches: Where each query's matches stand.
-        ranks: The length of the CMC curve; may exceed the gallery.
+        matches: The positions of each query's matches.
+        ranks: The length of the CMC curve; may exceed the gallery's size.
         ap: `rectangle` or `trapezoid`, see `average_precisions`.
 
     Returns:
@@ -56,17 +56,17 @@ def retrieval_figures(
 def average_precisions(matches: MatchPositions, *, ap: str = "rectangle") -> FloatArray:
     """The average precision of each valid query, in query order.
 
-    `rectangle`: AP = (1/R) sum over the R hits of hits so far / position, as in all current papers.
+    `rectangle`: AP = (1/R) sum over the R hits of hits so far / position, as in current papers.
     `trapezoid`: each hit counts the mean of the precision at it and just before it (1 before the
-    first item), as in the kit of Market-1501 (Zheng et al., ICCV 2015); lower, as a rule.
+    first item), as in the toolkit of Market-1501 (Zheng et al., ICCV 2015); usually lower.
 
     Args:
-        matches: Where each query's matches stand.
-        ap: Which of the two.
+        matches: The positions of each query's matches.
+        ap: `rectangle` or `trapezoid`.
 
     Raises:
         DataError: No query has a match.
-        ConfigError: `ap` is neither.
+        ConfigError: `ap` is unknown.
     """
     check_choice("ap", ap, AP)
     starts, sizes = _runs(matches)
@@ -74,7 +74,7 @@ def average_precisions(matches: MatchPositions, *, ap: str = "rectangle") -> Flo
     hits = np.arange(1, len(positions) + 1) - np.repeat(starts, sizes)
     precisions = hits / positions
     if ap == "trapezoid":
-        # Just before the first item there is no precision: 0 / 0 is taken as 1.
+        # The precision before the first item, 0 / 0, is taken as 1.
         before = np.ones_like(positions)
         np.divide(hits - 1, positions - 1, out=before, where=positions > 1)
         precisions = (before + precisions) / 2
@@ -96,8 +96,8 @@ def inverse_negative_penalties(matches: MatchPositions) -> FloatArray:
 def cmc(matches: MatchPositions, *, ranks: int = 50) -> FloatArray:
     """The cumulative matching characteristic, (ranks,).
 
-    Entry k - 1 is the share of valid queries whose first match is at position k or before. The
-    curve never falls; where it is longer than the gallery, it goes on at its last value.
+    Entry k - 1 is the fraction of valid queries whose first match is at position k or before. The
+    curve never falls; beyond the size of the gallery it stays at its last value.
 
     Raises:
         DataError: No query has a match.
@@ -110,7 +110,7 @@ def cmc(matches: MatchPositions, *, ranks: int = 50) -> FloatArray:
 
 
 def _runs(matches: MatchPositions) -> tuple[IntArray, IntArray]:
-    """Where the runs of the valid queries start, and their lengths."""
+    """The starts and lengths of the valid queries' runs."""
     sizes = np.diff(matches.offsets)
     valid = sizes > 0
     if not valid.any():

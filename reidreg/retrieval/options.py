@@ -1,4 +1,4 @@
-"""Checks of options, with the error that a user reads."""
+"""Checks of option values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from reidreg.errors import ConfigError, did_you_mean
 
 
 def check_choice(key: str, value: str, known: Sequence[str]) -> None:
-    """Raise a ConfigError unless the value is one of those known."""
+    """Raise a ConfigError unless the value is a known one."""
     if value not in known:
         raise ConfigError(f"{key}: {value!r} is unknown{did_you_mean(str(value), known)}")
 
 
 def check_at_least(key: str, value: float, least: int) -> None:
-    """Raise a ConfigError if the value is too small."""
+    """Raise a ConfigError unless the value is at least `least`."""
     if not value >= least:
         raise ConfigError(f"{key}: {value} is too small; at least {least} is needed")

@@ -1,15 +1,14 @@
-"""Query x gallery -> how many pairs are how far apart, without keeping any pair.
+"""Query x gallery -> a histogram of the distances of genuine and of impostor pairs.
 
-Verification asks whether two images show the same person: a pair of one pid is genuine, and
-genuine pairs are the positive class; a pair of two pids is an impostor. The tiles of float32
-distances pass by once, and each distance is counted in one of `CELLS` cells. All that follows
-depends on the cells alone, so two distances in one cell are a tie.
+Verification asks whether two images show the same person: a pair of one pid is genuine, the
+positive class; a pair of two pids is an impostor. Distances are computed in float32 tile by tile,
+and each is counted in one of `CELLS` cells; no pair is kept. The figures depend on the cells alone,
+so two distances in one cell are a tie.
 
-The cells are float32 numbers cut short: 16 octaves below the largest distance that the longest
-vectors allow, each in 2**16 steps. So distances are told apart to one part in 2**16 of themselves,
-and those below 2**-16 of the largest count as one, which is where equal vectors end up. A cell's
-middle, not its edge, is where round numbers such as 0.5 lie. Rounding may move a pair that is next
-to an edge to the cell beside it, and no further.
+Cells are truncated float32 numbers: the 16 octaves below the largest distance that the longest
+vectors allow, in 2**16 steps each. So the relative resolution is 2**-16, and distances below 2**-16
+of the largest, such as those of equal vectors, share one cell. Round numbers such as 0.5 lie in the
+middle of a cell. Rounding may move a pair next to an edge to the neighbouring cell, no further.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from reidreg.retrieval.options import check_at_least
 from reidreg.values import JUNK, Embeddings
 
 _OCTAVES, _STEP_BITS = 16, 16
-_SHIFT = 23 - _STEP_BITS  # float32 has 23 bits behind the point
+_SHIFT = 23 - _STEP_BITS  # float32 has 23 fraction bits
 _MOST = 4.0  # the squared distance of opposite vectors of length 1
 _LEAST = _MOST * 2.0**-_OCTAVES
 CELLS = _OCTAVES * 2**_STEP_BITS + 1
@@ -36,17 +35,17 @@ CELLS = _OCTAVES * 2**_STEP_BITS + 1
 
 @dataclass(frozen=True, slots=True)
 class PairCounts:
-    """The pairs of two sides by their distance, in cells; a larger cell is further apart.
+    """Numbers of pairs by distance, in cells; a larger cell is a larger distance.
 
     Args:
-        cells: (C,) int64 ascending, the cells with a pair in them.
-        genuine: (C,) int64, how many pairs of the same pid.
-        impostor: (C,) int64, how many pairs of different pids.
-        queries: (K,) the queries that were compared: all but junk.
-        nearest_mate: (K,) the cell of each one's nearest genuine pair, CELLS where it has none.
-        nearest_impostor: (K,) the cell of its nearest impostor pair, CELLS where it has none.
+        cells: (C,) int64 ascending, the cells that hold a pair.
+        genuine: (C,) int64, the number of pairs of the same pid.
+        impostor: (C,) int64, the number of pairs of different pids.
+        queries: (K,) the queries that were compared: all except junk.
+        nearest_mate: (K,) the cell of each query's nearest genuine pair, CELLS if it has none.
+        nearest_impostor: (K,) the cell of its nearest impostor pair, CELLS if it has none.
         metric: `cosine` or `euclidean`.
-        scale: What vectors were divided by; 1 for the cosine.
+        scale: The divisor of the vectors; 1 for cosine.
     """
 
     cells: IntArray
@@ -59,16 +58,16 @@ class PairCounts:
     scale: float
 
     def threshold(self, refused: int) -> float:
-        """The loosest score that accepts no pair of a cell: 0 refuses all, CELLS none.
+        """The loosest threshold that refuses the cell `refused` and all larger ones.
 
-        A pair is accepted if its cosine is at least this, or, for the metric euclidean, if its
-        squared distance is at most this.
+        A pair is accepted if its cosine is at least the threshold or, for the metric euclidean, if
+        its squared distance is at most the threshold.
         """
         edge = _bits(np.array([refused])) - (1 << _SHIFT - 1)
         return float(self._scores(_values(edge) if refused else np.array([-_LEAST]))[0])
 
     def scores(self) -> FloatArray:
-        """(C,) The cosine, or the squared distance, in the middle of each of `cells`."""
+        """(C,) The cosine or squared distance in the middle of each of `cells`."""
         return self._scores(np.where(self.cells > 0, _values(_bits(self.cells)), 0.0))
 
     def _scores(self, distances: FloatArray) -> FloatArray:
@@ -84,7 +83,7 @@ def _values(bits: IntArray) -> FloatArray:
 
 
 def _cells(distances: Tensor) -> Tensor:
-    """The cells of float32 distances, int32 in their place; CELLS for infinity."""
+    """The cells of float32 distances, computed in place as int32; CELLS for infinity."""
     first = int(_bits(np.zeros(1, dtype=np.int64))[0])
     bits = distances.clamp_(min=_LEAST).view(torch.int32)
     return bits.sub_(first - (1 << _SHIFT - 1)).bitwise_right_shift_(_SHIFT).clamp_(max=CELLS)
@@ -99,26 +98,26 @@ def count_pairs(
     budget_mib: float = 256,
     progress: Progress | None = None,
 ) -> PairCounts:
-    """Count the genuine and the impostor pairs of two sides by their distance.
+    """Count genuine and impostor pairs by their distance.
 
-    What the protocol leaves out is left out: junk on either side, whose pid is not known, and,
-    unless `same_camera` is `keep`, pairs of the same pid and the same camera.
+    Junk on either side is left out and, unless `same_camera` is `keep`, pairs of the same pid and
+    camera.
 
     Args:
         query: Q embeddings, on the CPU or a GPU.
-        gallery: G embeddings; where either side is on a GPU, the work is done there.
+        gallery: G embeddings; if either side is on a GPU, the GPU does the work.
         metric: `cosine` or `euclidean` (squared).
         same_camera: `drop` or `keep`.
-        budget_mib: Memory to use beside the features, in MiB; the counts alone take about 40.
+        budget_mib: Memory to use in addition to the features, in MiB; the counts take about 40.
         progress: Called with the number of tiles done and of all.
 
     Raises:
-        DataError: The features or labels do not fit together, or are not finite.
+        DataError: Shapes do not match, or a feature is not finite.
         ConfigError: An option is wrong.
     """
     labels = labels_of_sides(query, gallery, same_camera)
     distances = Distances(query.features, gallery.features, metric, (query.paths, gallery.paths))
-    count = _Count(distances, labels)
+    count = _PairCounter(distances, labels)
     rows, columns = _tiles(budget_mib, distances.dim)
     pieces, blocks = spans(len(labels.kept), columns), spans(len(count.queries), rows)
     with full_float32():
@@ -143,11 +142,11 @@ def count_pairs(
 
 
 def _tiles(budget_mib: float, dim: int) -> tuple[int, int]:
-    """How many queries and gallery items to compare at a time."""
+    """The numbers of queries and gallery items to compare at a time."""
     check_at_least("budget_mib", budget_mib, 1)
     budget = int(budget_mib * 2**20)
-    # A vector is held as it came and in float32; beside a distance there may be its place, which
-    # is kept for pairs of one pid.
+    # 12 bytes per value: it is held as given, up to float64, and in float32. 16 bytes per distance:
+    # pairs of one pid are held with their indices.
     columns = max(1, min(budget // 4 // (dim * 12), 2**14))
     return max(1, min(budget // 8 // (dim * 12), budget // 4 // (columns * 16))), columns
 
@@ -156,8 +155,8 @@ def _nearest(distances: Tensor) -> IntArray:
     return _cells(distances.clone()).cpu().numpy().astype(np.int64)
 
 
-class _Count:
-    """What is known of the pairs that have passed by.
+class _PairCounter:
+    """The pairs counted so far.
 
     Args:
         distances: Both sides.
@@ -173,23 +172,23 @@ class _Count:
         self.nearest_impostor = self.nearest_mate.clone()
 
     def items(self, piece: slice) -> tuple[Tensor, Tensor]:
-        """Some gallery vectors (n, D) and their squares (n,)."""
+        """The gallery vectors (n, D) of a piece, and their squared norms (n,)."""
         side, index = self.distances.gallery, self.kept[piece]
         return self._vectors(side.fast(index, self.distances.scale))
 
     def add(self, block: slice, piece: slice, items: tuple[Tensor, Tensor]) -> None:
-        """Count a tile: some of the compared queries against some of the kept items."""
+        """Count the tile of a block of queries and a piece of the kept items."""
         side, queries = self.distances.query, self.queries[block]
         vectors, squares = self._vectors(side.fast(queries, self.distances.scale))
         sums = squares[:, None] + items[1]
         tile = sums.addmm_(vectors, items[0].T, alpha=-2)
-        self._take_own(tile, block, self.kept[piece])
+        self._take_same_pid(tile, block, self.kept[piece])
         nearest = self.nearest_impostor[block]
         torch.minimum(nearest, tile.amin(dim=1), out=nearest)
         _add_to(self.impostor, _cells(tile.flatten()))
 
-    def _take_own(self, tile: Tensor, block: slice, items: IntArray) -> None:
-        """Count the genuine pairs of a tile, and leave infinity where the pids are the same."""
+    def _take_same_pid(self, tile: Tensor, block: slice, items: IntArray) -> None:
+        """Count the genuine pairs of a tile and set all pairs of one pid to infinity."""
         labels, queries = self.labels, self.queries[block]
         row, column = same_pid(labels.query_pids[queries], labels.gallery_pids[items])
         other = labels.query_pid_cam_ids[queries[row]] != labels.gallery_pid_cam_ids[items[column]]
@@ -211,20 +210,20 @@ class _Count:
 def _add_to(counts: Tensor, cells: Tensor) -> None:
     if len(cells) > CELLS // 8:
         counts += torch.bincount(cells, minlength=len(counts))
-    else:  # a table of all cells would take longer than adding one by one
+    else:  # faster than a table of all cells
         counts.index_add_(0, cells, torch.ones_like(cells, dtype=counts.dtype))
 
 
 def histogram(counts: PairCounts, bins: int = 100) -> dict[str, list[float] | list[int]]:
-    """Both kinds of pair in equal bins over the scores that occur, for a picture.
+    """A histogram of both kinds of pair over the range of their scores, for a plot.
 
     Args:
         counts: The pairs.
-        bins: How many.
+        bins: The number of bins, of equal width.
 
     Returns:
-        `edges` (bins + 1) ascending, in the unit of the thresholds; `genuine` and `impostor`
-        (bins), how many pairs.
+        `edges` (bins + 1), ascending, in the unit of thresholds; `genuine` and `impostor` (bins),
+        numbers of pairs.
     """
     scores = counts.scores()
     edges = np.histogram_bin_edges(scores, bins)

@@ -1,8 +1,8 @@
 """Ranked lists: the nearest gallery items of each query, exactly and in order.
 
-faiss finds candidates in float32, by brute force; distances in float64 put them in order, and exact
-ones (`reidreg.retrieval.distances`) settle what these cannot tell apart. Of two items at equal
-distance the earlier one in the gallery is nearer.
+faiss finds candidates in float32 by brute force; distances in float64 sort them, and exact ones
+(`reidreg.retrieval.distances`) decide near ties. Of two items at equal distance the one with the
+smaller gallery index is nearer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from reidreg.values import JUNK, Embeddings
 
 LeftOut: TypeAlias = Callable[[IntArray, IntArray], NDArray[np.bool_]]
 
-_SPARE = 32  # further neighbours that a search fetches, so that rounding cannot hide one
-_WIDER = 8  # how many times as many a second search fetches
+_SPARE = 32  # candidates beyond k that a search fetches, so that rounding cannot hide a neighbour
+_WIDER = 8  # a second search fetches this many times as many candidates
 _UNIT = 2.0**-24  # the largest relative error of one float32 operation
 
 
@@ -41,29 +41,29 @@ def ranked_lists(
     budget_mib: float = 256,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest gallery items of each query, exactly as `match_positions` counts them.
+    """The k nearest gallery items of each query, in the order that `match_positions` counts.
 
-    faiss finds the candidates, in float32 and by brute force; their exact distances put them in
-    order. Where the last one taken is not clearly nearer than all that faiss did not return, it
-    searches again for more, and where that does not help the query's whole row is computed.
+    faiss finds candidates in float32 by brute force; their exact distances sort them. If the k-th
+    item is not certainly nearer than all items that faiss did not return, a second search fetches
+    more; if that is not enough, all distances of the query are computed.
 
     Args:
         query: Q embeddings.
         gallery: G embeddings.
-        k: The length of the lists; may exceed the gallery.
+        k: The length of the lists; may exceed the gallery's size.
         metric: `cosine` or `euclidean` (squared).
         same_camera: `drop` leaves out gallery items of the query's pid and camera; `keep` leaves
-            out junk alone.
-        everything: Leave nothing out, neither junk nor items of the query's camera.
-        budget_mib: Memory to use beside the features and a float32 copy of them, in MiB.
-        progress: Called with the number of lists that are certain and of all.
+            out junk only.
+        everything: Leave nothing out, neither junk nor items of the query's pid and camera.
+        budget_mib: Memory to use in addition to the features and a float32 copy of them, in MiB.
+        progress: Called with the number of finished lists and of all.
 
     Returns:
-        Gallery indices (Q, k) int64, -1 where there are fewer, and distances (Q, k) float32,
-        infinite where there are fewer; both on the CPU.
+        Gallery indices (Q, k) int64 and distances (Q, k) float32, on the CPU; -1 and infinity fill
+        a list that is shorter than k.
 
     Raises:
-        DataError: The features or labels do not fit together, or are not finite.
+        DataError: Shapes do not match, or a feature is not finite.
         ConfigError: An option is wrong.
     """
     check_at_least("k", k, 1)
@@ -79,17 +79,17 @@ def ranked_lists(
 
 
 class ExactLists:
-    """Ranked lists in the making: candidates go in, and stand in the order of exact distances.
+    """Ranked lists that are filled from candidates, in the order of exact distances.
 
-    `items` (Q, k) and `values` (Q, k), distances within `distances.slack`, are the lists so far; an
-    item of -1 at an infinite distance is none.
+    `items` (Q, k) and `values` (Q, k), distances within `distances.slack`, are the lists so far;
+    item -1 at an infinite distance means none.
 
     Args:
         distances: Between the queries and the gallery.
         k: The length of the lists.
-        left_out: Which of items (n, m), in the lists of queries (n,), do not count.
-        budget_mib: Memory to use beside the features and a float32 copy of them, in MiB.
-        progress: Called with the number of lists that are certain and of all.
+        left_out: A mask of the items (n, m) that are left out of the lists of queries (n,).
+        budget_mib: Memory to use in addition to the features and a float32 copy of them, in MiB.
+        progress: Called with the number of finished lists and of all.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class ExactLists:
         """Fill in the lists of some queries.
 
         Args:
-            queries: (n,) which.
-            kept: (m,) gallery items; all others are left out, ascending.
-            fetch: (n,) how many candidates to look at first.
+            queries: (n,) query indices.
+            kept: (m,) the gallery items that are not left out for every query, ascending.
+            fetch: (n,) the numbers of candidates of the first search.
         """
         for times in (1, _WIDER):
             sure = self.search(queries, kept, fetch * times)
@@ -122,9 +122,9 @@ class ExactLists:
         self.whole_rows(queries)
 
     def search(self, queries: IntArray, kept: IntArray, fetch: IntArray) -> NDArray[np.bool_]:
-        """Fill in lists from what faiss finds; says for which of the queries they are certain.
+        """Fill in lists from candidates that faiss finds; returns which lists are certain.
 
-        The queries that want as many candidates as there are items are not searched for.
+        Queries that need as many candidates as there are items are skipped.
         """
         sure = np.zeros(len(queries), dtype=np.bool_)
         searched = np.flatnonzero(fetch < len(kept))
@@ -138,12 +138,12 @@ class ExactLists:
         return sure
 
     def take(self, queries: IntArray, items: IntArray, least: FloatArray) -> NDArray[np.bool_]:
-        """Fill in lists from candidates; says for which of the queries they are certain.
+        """Fill in lists from candidates; returns which lists are certain.
 
         Args:
-            queries: (n,) which.
+            queries: (n,) query indices.
             items: (n, m) their candidates.
-            least: (n,) a distance that no other item is below.
+            least: (n,) a lower bound on the distances of all other items.
         """
         self._fill(queries, items, self.distances.listed(queries, items))
         sure = self.values[queries, -1] + self.distances.slack < least
@@ -151,7 +151,7 @@ class ExactLists:
         return np.asarray(sure)
 
     def whole_rows(self, queries: IntArray) -> None:
-        """Fill in the lists of some queries from all of their distances."""
+        """Fill in the lists of some queries from their distances to the whole gallery."""
         for span in spans(len(queries), self._rows):
             rows = self.distances.rows(queries[span], self._width).cpu().numpy()
             self._fill(queries[span], np.tile(np.arange(rows.shape[1]), (len(rows), 1)), rows)
@@ -160,11 +160,11 @@ class ExactLists:
     def rounded(self) -> NDArray[np.float32]:
         """The lists' distances (Q, k) in float32.
 
-        Where they are small it tells apart more than `slack` does, so that these are made exact.
+        Small distances are made exact, since float32 resolves them more finely than `slack`.
         """
         values = self.values.copy()
-        row, place = np.nonzero(values <= self.distances.slack * 2.0**26)
-        values[row, place] = self._exact(row, self.items[row, place])
+        row, column = np.nonzero(values <= self.distances.slack * 2.0**26)
+        values[row, column] = self._exact(row, self.items[row, column])
         with np.errstate(over="ignore"):  # beyond float32 they are infinite
             return values.astype(np.float32)
 
@@ -179,7 +179,7 @@ class ExactLists:
     def _found(
         self, queries: IntArray, base: NDArray[np.float32], fetch: int
     ) -> tuple[IntArray, FloatArray]:
-        """The rows of `base` (n, fetch) nearest to each query, and the least that others reach."""
+        """The nearest rows of `base` (n, fetch), and a lower bound (n,) on the other distances."""
         import faiss
 
         distances = self.distances
@@ -188,25 +188,25 @@ class ExactLists:
             scores, items = faiss.knn(wanted, base, fetch, metric=faiss.METRIC_INNER_PRODUCT)
             return items, 1 - scores[:, -1].astype(np.float64) - sum_error(distances.dim)
         squares, items = faiss.knn(wanted, base, fetch, metric=faiss.METRIC_L2)
-        # It is |x|^2 + |y|^2 - 2xy, so the error of a sum counts four times.
+        # faiss computes |x|^2 + |y|^2 - 2xy, so the error of a sum counts four times.
         least = squares[:, -1].astype(np.float64) - 4 * sum_error(distances.dim)
         return items, least * distances.scale**2
 
     def _fill(self, queries: IntArray, items: IntArray, values: FloatArray) -> None:
-        """Make lists of candidates (n, m) at distances within `slack`, which are overwritten."""
+        """Make lists of candidates (n, m) at distances within `slack`; overwrites `values`."""
         if self.left_out is not None:
             values[self.left_out(queries, items)] = np.inf
         items, values = _ordered(items, values)
-        unclear = self._settle(queries, items, values)
+        unclear = self._resolve(queries, items, values)
         items[unclear], values[unclear] = _ordered(items[unclear], values[unclear])
         items, values = items[:, : self.k], values[:, : self.k]
         self.items[queries, : items.shape[1]] = np.where(np.isfinite(values), items, -1)
         self.values[queries, : items.shape[1]] = values
 
-    def _settle(self, queries: IntArray, items: IntArray, values: FloatArray) -> NDArray[np.bool_]:
-        """Make exact, in place, what is too near to a neighbour to tell which of them comes first.
+    def _resolve(self, queries: IntArray, items: IntArray, values: FloatArray) -> NDArray[np.bool_]:
+        """Make the distances of near ties exact, in place; returns (n,) which rows have changed.
 
-        Only runs that begin among the first k matter. Returns (n,) which rows were touched.
+        Only runs of near ties that begin among the first k matter.
         """
         finite = np.isfinite(values[:, 1:])
         reach = values[:, :-1] + 2 * self.distances.slack
@@ -215,15 +215,15 @@ class ExactLists:
         begins = np.where(joined, 0, np.arange(values.shape[1]))
         near = np.maximum.accumulate(begins, axis=1) < self.k
         joined[:, :-1] |= joined[:, 1:]
-        row, place = np.nonzero(joined & near)
-        values[row, place] = self._exact(queries[row], items[row, place])
-        touched = np.zeros(len(values), dtype=np.bool_)
-        touched[row] = True
-        return touched
+        row, column = np.nonzero(joined & near)
+        values[row, column] = self._exact(queries[row], items[row, column])
+        changed = np.zeros(len(values), dtype=np.bool_)
+        changed[row] = True
+        return changed
 
 
 def float32_vectors(distances: Distances, side: Side, index: IntArray) -> NDArray[np.float32]:
-    """Vectors (n, D) of one side, at most 1 long, as a search compares them."""
+    """Vectors (n, D) of one side, no longer than 1, as a search compares them."""
     out = np.empty((len(index), distances.dim), dtype=np.float32)
     for span in spans(len(index), 1024):
         out[span] = side.fast(index[span], distances.scale).cpu().numpy()
@@ -231,19 +231,19 @@ def float32_vectors(distances: Distances, side: Side, index: IntArray) -> NDArra
 
 
 def sum_error(dim: int) -> float:
-    """How far off float32 may be in a product of two vectors of `dim` numbers, at most 1 long.
+    """Bound on the float32 error of the product of two vectors of width `dim`, no longer than 1.
 
-    In whatever order the products are added up, n operations are off by at most n u / (1 - n u) of
-    the sum of their absolute values, which the norms bound (Higham, Accuracy and Stability of
-    Numerical Algorithms, 2002, section 3.1). Of 16 more, 6 are for the rounding of the vectors, and
-    5 for that of sums with their squares.
+    In any order of summation, the error of n operations is at most n u / (1 - n u) of the sum of
+    absolute values, which the norms bound (Higham, Accuracy and Stability of Numerical Algorithms,
+    2002, section 3.1). Of the 16 extra steps, 6 are for the rounding of the vectors and 5 for that
+    of sums with their squares.
     """
     steps = dim + 16
     return steps * _UNIT / (1 - steps * _UNIT)
 
 
 def _ordered(items: IntArray, values: FloatArray) -> tuple[IntArray, FloatArray]:
-    """Rows sorted by value; of equal ones the earlier item first."""
+    """Rows sorted by value; of equal values the smaller item first."""
     order = np.lexsort((items, values), axis=1)
     return np.take_along_axis(items, order, axis=1), np.take_along_axis(values, order, axis=1)
 

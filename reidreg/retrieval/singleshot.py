@@ -1,11 +1,10 @@
-"""The single-shot protocol of CUHK03: a gallery of one image per person, drawn again and again.
+"""The single-shot protocol of CUHK03: repeated draws of a gallery with one image per identity.
 
 Li et al., DeepReID: Deep Filter Pairing Neural Network for Person Re-identification, CVPR 2014. In
-each repeat, and for each query, one image of every identity is drawn from what the same-camera rule
-leaves of the gallery, and the query's one match is ranked among them. The CMC curve is the average
-over the repeats. With one match the average precision is 1 / position, and so is the inverse
-negative penalty; mAP and mINP are the mean of that over queries and repeats, and not to be compared
-with figures that count every match.
+each repeat and for each query, one image of every identity is drawn from the gallery that the
+same-camera rule leaves, and the query's one match is ranked among them. The CMC curve is the
+average over the repeats. With one match, AP and INP are both 1 / position; mAP and mINP are its
+mean over queries and repeats, and cannot be compared with figures that count every match.
 """
 
 from __future__ import annotations
@@ -40,25 +39,25 @@ def single_shot_positions(
     budget_mib: float = 256,
     progress: Progress | None = None,
 ) -> MatchPositions:
-    """The position of each query's one match, in every repeat.
+    """The position of each query's one match in every repeat.
 
-    All distances are computed exactly, which suits a gallery of thousands.
+    All distances are computed exactly, which is fast enough for a gallery of thousands.
 
     Args:
         query: Q embeddings.
         gallery: G embeddings.
         metric: `cosine` or `euclidean` (squared).
         same_camera: `drop` or `keep`.
-        repeats: How often a gallery is drawn.
-        seed: Of the draws. They depend on it, the query's place and the labels alone.
-        budget_mib: Memory to use beside the features, in MiB.
+        repeats: The number of draws for each query.
+        seed: The draws depend only on the seed, the query's index and the labels.
+        budget_mib: Memory to use in addition to the features, in MiB.
         progress: Called with the number of queries done and of all.
 
     Returns:
-        Positions of Q * repeats lists, the repeats of a query side by side.
+        Positions of Q * repeats lists, the repeats of a query one after the other.
 
     Raises:
-        DataError: The features or labels do not fit together, are not finite, or match nowhere.
+        DataError: Shapes do not match, a feature is not finite, or no query has a match.
         ConfigError: An option is wrong.
     """
     labels = labels_of_sides(query, gallery, same_camera)
@@ -80,7 +79,7 @@ def single_shot_positions_of_rows(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> MatchPositions:
-    """As `single_shot_positions`, from distances that are given, as to `match_positions_of_rows`.
+    """As `single_shot_positions`, from given distances as `match_positions_of_rows` takes them.
 
     Raises:
         DataError: Distances are missing or not finite, or no query has a match.
@@ -129,8 +128,8 @@ class _Draw:
 
     Args:
         labels: The labels of both sides.
-        repeats: How many galleries to draw for each query.
-        seed: Of the draws.
+        repeats: The number of galleries to draw for each query.
+        seed: The seed of the draws.
     """
 
     def __init__(self, labels: MatchLabels, repeats: int, seed: int) -> None:
@@ -146,15 +145,15 @@ class _Draw:
         self.repeats, self.seed = repeats, seed
 
     def positions(self, query: int, row: NDArray[Any]) -> IntArray:
-        """(repeats,) Where the match stands in each drawn gallery; (0,) if there is none."""
+        """(repeats,) The position of the match in each drawn gallery; (0,) if there is none."""
         matches = self.matches[query]
         if not len(matches):
             return np.empty(0, dtype=np.int64)
-        # A generator of its own for each query: chunks of any size then draw the same.
-        shares = np.random.default_rng((self.seed, query)).random((self.repeats, len(self.pids)))
-        items = self.order[self.first + (shares * self.sizes).astype(np.int64)]
+        # One generator per query, so that the draws do not depend on the size of chunks.
+        draws = np.random.default_rng((self.seed, query)).random((self.repeats, len(self.pids)))
+        items = self.order[self.first + (draws * self.sizes).astype(np.int64)]
         own = int(np.searchsorted(self.pids, self.query_pids[query]))
-        match = matches[(shares[:, own] * len(matches)).astype(np.int64)][:, None]
+        match = matches[(draws[:, own] * len(matches)).astype(np.int64)][:, None]
         nearer = (row[items] < row[match]) | ((row[items] == row[match]) & (items < match))
         nearer[:, own] = False
         return np.asarray(nearer.sum(axis=1) + 1, dtype=np.int64)

@@ -1,15 +1,15 @@
-"""Pair counts -> EER, TAR@FAR, DIR@FAR, and the threshold that goes with a false-accept rate.
+"""Pair counts -> EER, TAR@FAR, DIR@FAR, and the threshold for a false-accept rate.
 
-An operating point is a threshold: a pair is accepted if it scores at least that (cosine), or is at
-most so far apart (squared Euclidean). Genuine pairs, of one pid, are the positive class.
+A pair is accepted if its cosine is at least the threshold, or its squared Euclidean distance at
+most. Genuine pairs, of one pid, are the positive class.
 
-- FAR: the share of impostor pairs that are accepted. TAR: the share of genuine pairs that are.
-- EER: the rate where FAR = 1 - TAR, on the ROC curve drawn with straight lines between its points.
-- Open-set identification asks more: whether a query's person is in the gallery at all, and who it
-  is. DIR is the share of queries with a mate in the gallery whose first place is a mate that is
-  accepted. Its FAR is the share of queries without a mate of which any item is accepted. Few sets
-  have such queries; so each query is taken once more with all images of its own pid removed, which
-  needs its nearest impostor alone and no choice by chance.
+- FAR: the fraction of impostor pairs that are accepted. TAR: the fraction of genuine pairs.
+- EER: the rate where FAR = 1 - TAR, on the ROC curve with straight lines between its points.
+- Open-set identification also asks whether a query's identity is in the gallery at all. DIR is the
+  fraction of queries with a mate in the gallery whose rank-1 item is a mate and accepted. Its FAR
+  is the fraction of queries without a mate for which any item is accepted. Few data sets have such
+  queries, so each query is used again with all images of its own pid removed; this needs only its
+  nearest impostor, and no random choice.
 
 Sources: ISO/IEC 19795-1, Biometric performance testing and reporting; Phillips, Grother and
 Micheals, Evaluation Methods in Face Recognition, Handbook of Face Recognition, 2011.
@@ -45,34 +45,34 @@ def verification_figures(
     budget_mib: float = 256,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """How well one threshold tells pairs of the same person from pairs of different people.
+    """How well a threshold separates pairs of one identity from pairs of different identities.
 
-    What the protocol leaves out is left out: junk, and pairs of the same pid and camera. Scores
-    are compared to the precision that `reidreg.retrieval.pair_histogram` states.
+    Junk is left out and, unless `same_camera` is `keep`, pairs of the same pid and camera. Scores
+    are compared with the resolution that `reidreg.retrieval.pair_histogram` states.
 
     Args:
         query: Q embeddings.
         gallery: G embeddings.
-        matches: What `match_positions` gives for the same sides, metric and rule.
+        matches: The result of `match_positions` for the same sides, metric and rule.
         metric: `cosine` or `euclidean` (squared).
         same_camera: `drop` or `keep`.
-        far: The false-accept rate that the threshold is for, more than 0 and less than 1.
-        budget_mib: Memory to use beside the features, in MiB; the counts alone take about 40.
+        far: The false-accept rate of the threshold, more than 0 and less than 1.
+        budget_mib: Memory to use in addition to the features, in MiB; the counts take about 40.
         progress: Called with the number of tiles done and of all.
 
     Returns:
         Ready for JSON: `metric, num_genuine, num_impostor, eer, far, threshold, tar_at_far,
         dir_at_far, histogram`. `tar_at_far` and `dir_at_far` have an entry for each FAR of 1e-4,
-        1e-3, 1e-2 and `far`, with the loosest threshold whose FAR is not above the wanted one.
-        Thresholds are cosines, or squared distances.
+        1e-3, 1e-2 and `far`, with the loosest threshold whose FAR does not exceed it. Thresholds
+        are cosines or squared distances.
 
     Raises:
-        DataError: The features or labels do not fit together or are not finite, no query has a
-            match, or all pairs show the same person.
+        DataError: Shapes do not match, a feature is not finite, no query has a match, or all images
+            show the same identity.
         ConfigError: An option is wrong.
     """
     if not 0 < far < 1:
-        raise ConfigError(f"far: {far} is no rate; a number between 0 and 1 is needed")
+        raise ConfigError(f"far: {far} is out of range; a number between 0 and 1 is needed")
     if len(matches.offsets) != len(query.pids) + 1:
         count = len(matches.offsets) - 1
         raise DataError(f"the matches are of {count} queries, but there are {len(query.pids)}")
@@ -91,14 +91,14 @@ def verification_figures(
 
 
 def check_impostors(query_pids: Ids, gallery_pids: Ids) -> None:
-    """Look at the labels alone: is there a pair of different people?
+    """Check from the labels alone that there is a pair of different identities.
 
     Args:
         query_pids: (Q,) identities; -1 is junk.
         gallery_pids: (G,) identities; -1 is junk.
 
     Raises:
-        DataError: There is none, so that there is nothing to accept falsely.
+        DataError: There is none, so a false-accept rate is not defined.
     """
     sides = [torch.as_tensor(pids).cpu().numpy() for pids in (query_pids, gallery_pids)]
     known = [pid for pid in np.unique(np.concatenate(sides)).tolist() if pid != JUNK]
@@ -114,8 +114,8 @@ def figures_of_pairs(counts: PairCounts, found: NDArray[np.bool_], far: float) -
 
     Args:
         counts: The pairs.
-        found: (K,) whether the first place of each compared query is a mate.
-        far: The false-accept rate that the threshold is for.
+        found: (K,) whether the rank-1 item of each compared query is a mate.
+        far: The false-accept rate of the threshold.
     """
     rates = sorted({*FARS, far})
     points = [tar_at_far(counts, rate) for rate in rates]
@@ -133,11 +133,11 @@ def figures_of_pairs(counts: PairCounts, found: NDArray[np.bool_], far: float) -
 
 
 def tar_at_far(counts: PairCounts, far: float) -> dict[str, float]:
-    """`far`, and the share of genuine pairs that the loosest threshold within it accepts.
+    """The fraction of genuine pairs accepted by the loosest threshold whose FAR is at most `far`.
 
     Args:
         counts: The pairs.
-        far: The wanted share of impostor pairs.
+        far: The false-accept rate: the fraction of impostor pairs that are accepted.
 
     Returns:
         `far, tar, threshold`.
@@ -149,12 +149,13 @@ def tar_at_far(counts: PairCounts, far: float) -> dict[str, float]:
 
 
 def dir_at_far(counts: PairCounts, found: NDArray[np.bool_], far: float) -> dict[str, float]:
-    """`far`, and the share of queries that the loosest threshold within it identifies.
+    """The fraction of queries identified by the loosest threshold whose FAR is at most `far`.
 
     Args:
         counts: The pairs.
-        found: (K,) whether the first place of each compared query is a mate.
-        far: The wanted share of queries, their own pid removed, of which an item is accepted.
+        found: (K,) whether the rank-1 item of each compared query is a mate.
+        far: The false-accept rate: the fraction of queries, with their own pid removed from the
+            gallery, for which an item is accepted.
 
     Returns:
         `far, dir, threshold`.
@@ -166,7 +167,7 @@ def dir_at_far(counts: PairCounts, found: NDArray[np.bool_], far: float) -> dict
 
 
 def equal_error_rate(counts: PairCounts) -> float:
-    """Where the share of accepted impostors equals that of refused genuine pairs."""
+    """The rate at which the fractions of accepted impostor and refused genuine pairs are equal."""
     accepted = np.concatenate([[0.0], _shares(counts.impostor)])
     sums = accepted + np.concatenate([[0.0], _shares(counts.genuine)])
     after = int(np.searchsorted(sums, 1.0))
@@ -176,17 +177,17 @@ def equal_error_rate(counts: PairCounts) -> float:
 
 
 def _shares(pairs: IntArray) -> FloatArray:
-    """The share of pairs in each cell and those before it."""
+    """The cumulative fraction of pairs up to each cell."""
     return np.asarray(pairs.cumsum() / int(pairs.sum()))
 
 
 def _first_refused(cells: IntArray, pairs: IntArray, far: float) -> int:
-    """The first of the cells that would bring the share of accepted pairs above the wanted one."""
+    """The first cell whose pairs would raise the fraction of accepted pairs above `far`."""
     return int(cells[np.searchsorted(_shares(pairs), far, side="right")])
 
 
 def _first_is_match(matches: MatchPositions) -> NDArray[np.bool_]:
-    """(Q,) Whether the nearest item of each query's list is a match."""
+    """(Q,) Whether the rank-1 item of each query is a match."""
     some = np.diff(matches.offsets) > 0
     found = np.zeros(len(some), dtype=np.bool_)
     found[some] = matches.positions[matches.offsets[:-1][some]] == 1

@@ -154,7 +154,7 @@ def test_the_search_is_exact_for_a_query_far_longer_than_the_items() -> None:
     query = torch.full((1, 4), 1e18)
     assert torch.equal(index.search(query, 5)[0], exact(query, items, 5, "euclidean")[0])
     tiny = GalleryIndex.build(unlabelled(np.full((1, 4), 1e-3)), metric="euclidean")
-    with pytest.raises(DataError, match="build it anew"):
+    with pytest.raises(DataError, match="rebuild it from all features"):
         tiny.add(unlabelled(np.full((1, 4), 3e38)))
     assert len(tiny) == 1 and tiny.search(torch.ones(1, 4))[0].tolist() == [[0]]
 

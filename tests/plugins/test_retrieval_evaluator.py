@@ -1,4 +1,4 @@
-"""The evaluator of papers: what its options add to its figures, and the table that shows them."""
+"""The retrieval evaluator: the figures that each option adds, and the table that shows them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNTS = {"num_queries", "num_valid_queries", "num_gallery"}
 
 
 def random_sides(num_query: int = 40, num_gallery: int = 150) -> tuple[Embeddings, Embeddings]:
-    """Ten people and three cameras; one query's person is not there, one's by its camera alone."""
+    """Ten identities, three cameras; two queries without a match, one of them same-camera only."""
     draw = np.random.default_rng(0)
     people = draw.standard_normal((12, 8))
     sides = []
@@ -52,7 +52,7 @@ def test_figures_are_those_of_the_contract_and_skipped_queries_have_reasons() ->
     assert kept["skipped"] == {"without_gallery": 1, "same_camera_only": 0}
 
 
-def test_every_option_adds_its_own_figures_and_leaves_the_others() -> None:
+def test_every_option_adds_its_own_figures_and_changes_no_others() -> None:
     plain = evaluate()
     for options, key in (
         ({"bootstrap": 50}, "intervals"),
@@ -67,12 +67,12 @@ def test_every_option_adds_its_own_figures_and_leaves_the_others() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["market1501", "cuhk03"])
-def test_no_figure_depends_on_the_memory_that_there_is(protocol: str) -> None:
+def test_no_figure_depends_on_the_memory_budget(protocol: str) -> None:
     options = {"protocol": protocol, "verification": True, "rerank": True, "k1": 5, "expansion": 3}
     assert evaluate(**options, budget_mib=1) == evaluate(**options)
 
 
-def test_intervals_stand_in_every_block() -> None:
+def test_every_block_has_intervals() -> None:
     found = evaluate(bootstrap=60, rerank=True, k1=5)
     query, gallery = random_sides()
     expected = bootstrap_intervals(match_positions(query, gallery), query.pids, resamples=60)
@@ -82,7 +82,7 @@ def test_intervals_stand_in_every_block() -> None:
     )
 
 
-def test_the_threshold_is_for_the_wanted_rate() -> None:
+def test_the_threshold_belongs_to_the_given_rate() -> None:
     strict, loose = (evaluate(verification=True, far=far)["verification"] for far in (0.01, 0.2))
     assert (strict["far"], loose["far"]) == (0.01, 0.2)
     assert strict["threshold"] > loose["threshold"]
@@ -101,13 +101,13 @@ def test_single_shot_figures_count_queries_and_not_their_repeats() -> None:
     assert found == evaluate(protocol="cuhk03", repeats=6, bootstrap=50)
 
 
-def test_single_shot_goes_with_re_ranking_and_verification() -> None:
+def test_single_shot_works_with_re_ranking_and_verification() -> None:
     plain = evaluate(verification=True)
     found = evaluate(protocol="cuhk03", verification=True, rerank=True, k1=5)
     assert found["verification"] == plain["verification"]
     assert found["reranked"]["num_queries"] == 40
     assert found["reranked"]["mAP"] != found["mAP"]
-    # All of the distance is the original one's: nothing is re-ranked.
+    # With a weight of 1 the distance is the original one: nothing is re-ranked.
     same = evaluate(protocol="cuhk03", rerank=True, k1=5, lambda_value=1.0)
     assert same["reranked"]["mAP"] == pytest.approx(same["mAP"], abs=1e-3)
 
@@ -139,7 +139,7 @@ def test_a_side_without_matches_is_refused_before_any_distance(
             evaluator.evaluate(query, alone)
 
 
-def test_labels_are_looked_at_beforehand() -> None:
+def test_labels_are_checked_beforehand() -> None:
     query = [Sample("q", 1, 0), Sample("q", 9, 0), Sample("q", 2, 0)]
     gallery = [Sample("g", 1, 1), Sample("g", 2, 0)]
     notes = EVALUATORS.build("retrieval", verification=True).check_ids(query, gallery)
@@ -167,7 +167,7 @@ def test_options_that_make_no_sense_are_one_line(flags: list[str], line: str) ->
     assert "\n" not in str(caught.value)
 
 
-# --------------------------------------------------------------------- what people see
+# --------------------------------------------------------------------- the table and the log
 
 
 def test_the_table_has_a_column_for_each_block_and_an_interval_for_each_figure() -> None:
@@ -189,7 +189,7 @@ def test_a_table_without_intervals_has_none() -> None:
     assert "[" not in text and "verification" not in text and "camera of the query" not in text
 
 
-def test_the_table_tells_of_verification_and_cameras() -> None:
+def test_the_table_shows_verification_and_cameras() -> None:
     found = evaluate(verification=True, far=0.05, cameras=True)
     text = "\n".join(evaluation_table(found))
     verification = found["verification"]
@@ -205,7 +205,7 @@ def test_the_table_tells_of_verification_and_cameras() -> None:
     assert "a squared distance of at most" in "\n".join(evaluation_table(distance))
 
 
-def test_a_square_that_is_too_wide_becomes_a_list_of_the_worst() -> None:
+def test_a_camera_matrix_that_is_too_wide_becomes_a_list_of_the_worst_pairs() -> None:
     found = evaluate()
     found["cameras"] = [
         {"query_camera": q, "gallery_camera": g, "num_queries": 5, "mAP": q / 20, "rank1": 0.5}

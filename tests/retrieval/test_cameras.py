@@ -1,4 +1,4 @@
-"""The figures of each pair of cameras against a loop over the pairs."""
+"""The figures of each pair of cameras against a loop over all pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reidreg.values import Embeddings
 
 
 def embeddings(draw, most):
-    """Images on a grid of whole numbers, so that ties abound and distances are exact."""
+    """Images on an integer grid, so that there are many ties and distances are exact."""
     count = draw(st.integers(1, most))
     places = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=count)
     ids = st.lists(st.integers(-1, 3), min_size=count, max_size=count)
@@ -26,16 +26,20 @@ def embeddings(draw, most):
 
 
 def naive(query, gallery, drop):
-    """Cut both sides to a camera each, and go down every list."""
+    """Reduce both sides to one camera and walk down every list."""
     rows = []
     for own in sorted(set(query.camids.tolist())):
         for camera in sorted(set(gallery.camids.tolist())):
             precisions, firsts = [], []
-            for place, pid, cam in zip(query.features, query.pids, query.camids, strict=True):
+            for vector, pid, cam in zip(query.features, query.pids, query.camids, strict=True):
                 if cam != own:
                     continue
                 items = [
-                    (float((place - other).square().sum()), index, int(gallery.pids[index]) == pid)
+                    (
+                        float((vector - other).square().sum()),
+                        index,
+                        int(gallery.pids[index]) == pid,
+                    )
                     for index, other in enumerate(gallery.features)
                     if gallery.camids[index] == camera
                     and gallery.pids[index] != -1
@@ -54,7 +58,7 @@ def naive(query, gallery, drop):
 
 @settings(deadline=None, max_examples=60)
 @given(st.data(), st.booleans())
-def test_every_pair_equals_a_gallery_cut_to_its_camera(data, drop):
+def test_every_pair_equals_an_evaluation_of_its_two_cameras(data, drop):
     query, gallery = embeddings(data.draw, 8), embeddings(data.draw, 20)
     expected = naive(query, gallery, drop)
     found = camera_pairs(query, gallery, metric="euclidean", same_camera="drop" if drop else "keep")
@@ -73,7 +77,7 @@ def sides():
 
 def test_a_camera_without_matches_has_no_row_and_progress_counts_it():
     side = sides()
-    # Camera 9 saw only a person that nobody asks for.
+    # Camera 9 has images of one identity only, which is not among the queries.
     strangers = Embeddings(torch.ones(2, 8), torch.tensor([99, 99]), torch.tensor([9, 9]))
     gallery = Embeddings(
         *(torch.cat([getattr(side, k), getattr(strangers, k)]) for k in ("features", "pids")),
@@ -87,7 +91,7 @@ def test_a_camera_without_matches_has_no_row_and_progress_counts_it():
     assert {type(value) for row in rows for value in row.values()} == {int, float}
 
 
-def test_with_one_camera_alone_there_is_no_pair_to_show():
+def test_with_one_camera_there_is_no_pair():
     side = replace(sides(), camids=torch.zeros(60, dtype=torch.int64))
     assert camera_pairs(side, side) == []
     (row,) = camera_pairs(side, side, same_camera="keep")

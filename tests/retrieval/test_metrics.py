@@ -1,4 +1,4 @@
-"""Figures from match positions: by hand, and against plain loops."""
+"""Figures from match positions: worked examples, and plain loops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ragged(*lists: list[int], num_gallery: int = 100) -> MatchPositions:
 
 
 def walk(hits: list[int], trapezoid: bool) -> float:
-    """Average precision as the kits do it: go down the list, item by item."""
+    """Average precision as toolkits compute it, item by item."""
     found, area = 0, 0.0
     recall_before, precision_before = 0.0, 1.0
     for position in range(1, max(hits) + 1):
@@ -49,7 +49,7 @@ def test_average_precision_of_a_worked_example():
 
 
 def test_trapezoid_of_a_worked_example():
-    # Just before them the precisions are 1 (by definition), 1/2 and 2/5.
+    # Just before the hits the precisions are 1 (by definition), 1/2 and 2/5.
     expected = ((1 + 1) / 2 + (1 / 2 + 2 / 3) / 2 + (2 / 5 + 1 / 2) / 2) / 3
     assert average_precisions(ragged([1, 3, 6]), ap="trapezoid") == pytest.approx([expected])
 
@@ -60,7 +60,7 @@ def test_a_single_late_hit():
     assert inverse_negative_penalties(ragged([4])) == pytest.approx([1 / 4])
 
 
-def test_inverse_negative_penalty_looks_at_the_last_hit_alone():
+def test_inverse_negative_penalty_depends_on_the_last_hit_only():
     assert inverse_negative_penalties(ragged([1, 2, 10], [5, 6])) == pytest.approx([0.3, 2 / 6])
 
 
@@ -116,7 +116,7 @@ def test_cmc_equals_counting_and_never_falls(lists, ranks):
 
 @settings(deadline=None)
 @given(lists_of_hits)
-def test_all_figures_are_shares_and_a_perfect_list_has_ones(lists):
+def test_all_figures_are_fractions_and_1_for_a_perfect_list(lists):
     found = retrieval_figures(ragged(*lists))
     assert all(0 < found[key] <= 1 for key in ("mAP", "mINP"))
     perfect = retrieval_figures(ragged(*[list(range(1, len(hits) + 1)) for hits in lists]))

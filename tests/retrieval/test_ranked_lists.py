@@ -1,4 +1,4 @@
-"""Exact lists where float32 alone cannot order them, and how they are completed."""
+"""Ranked lists where float32 alone cannot order the items, and how they are completed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def listed(query, gallery, k, metric="cosine", **options):
 
 @contextmanager
 def counted_rows(monkeypatch):
-    """How many queries had their whole rows computed."""
+    """Counts the queries for which all distances are computed."""
     counts = []
     original = ExactLists.whole_rows
 
@@ -58,9 +58,9 @@ def counted_rows(monkeypatch):
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize(("crowd", "rows"), [(1, 0), (100, 0), (500, 3)])
-def test_what_float32_cannot_order_is_looked_at_again(metric, crowd, rows, monkeypatch):
-    # The crowd's members differ by less than float32 can tell from a product of vectors. A second
-    # search holds 100 of them; of 500 none is clearly behind the last that it fetches.
+def test_what_float32_cannot_order_is_searched_again(metric, crowd, rows, monkeypatch):
+    # The crowd's members differ by less than float32 resolves in a product of vectors. A second
+    # search fetches all of 100 members, but not all of 500.
     query, gallery = vectors(3), vectors(900, seed=1)
     gallery[50 : 50 + crowd] = query[0] + 1e-6 * vectors(crowd, seed=2)
     query = query[[0, 0, 0]] + 1e-6 * vectors(3, seed=3)
@@ -126,7 +126,7 @@ def given_as(features, kind):
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64", "strided", "transposed"])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_pairs_equal_exact_distances_however_features_are_kept(kind, metric):
+def test_pairs_equal_exact_distances_for_every_type_of_features(kind, metric):
     sides = given_as(vectors(6), kind), given_as(vectors(50, seed=1), kind)
     distances = Distances(*sides, metric)
     exact = distances.exact(slice(0, 6), slice(0, 50)).numpy()
@@ -139,7 +139,7 @@ def test_pairs_equal_exact_distances_however_features_are_kept(kind, metric):
     assert distances.pairs(row[:0], item[:0]).shape == (0,)
 
 
-def test_candidates_make_a_list_certain_only_where_the_others_are_behind():
+def test_a_list_is_certain_only_if_all_other_items_are_farther():
     query, gallery = vectors(3), vectors(30, seed=1)
     distances = Distances(torch.as_tensor(query), torch.as_tensor(gallery), "cosine")
     exact = distances.exact(slice(0, 3), slice(0, 30)).numpy()
@@ -154,11 +154,11 @@ def test_candidates_make_a_list_certain_only_where_the_others_are_behind():
 
 
 @pytest.mark.parametrize("dim", [1, 2, 64, 512, 4096])
-def test_the_bound_on_float32_sums_holds_and_is_no_wild_guess(dim):
+def test_the_bound_on_float32_sums_holds_and_is_not_far_off(dim):
     worst = 0.0
     for seed in range(20):
         draw = np.random.default_rng(seed)
-        # Of one sign, and added up in sequence: nothing cancels, and the sum loses the most.
+        # All terms positive and summed in sequence: the worst case for rounding.
         pair = [draw.uniform(0.9, 1, dim) for _ in range(2)]
         pair = [vector / np.linalg.norm(vector) for vector in pair]
         left, right = (vector.astype(np.float32) for vector in pair)

@@ -1,4 +1,4 @@
-"""Match positions and ranked lists against plain loops that sort and count."""
+"""Match positions and ranked lists against plain sorting and counting."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def by_query(found: MatchPositions) -> list[list[int]]:
 
 
 def kept_order(row, pid, camid, gallery, drop):
-    """The gallery as a query sees it: sorted by distance, then by place, without what is out."""
+    """The gallery as ranked for a query: sorted by distance and index, without items left out."""
     order = sorted(range(len(row)), key=lambda item: (row[item], item))
     pids, camids = gallery.pids.tolist(), gallery.camids.tolist()
-    out = {
+    left_out = {
         item
         for item in order
         if pids[item] == -1 or (drop and pids[item] == pid and camids[item] == camid)
     }
-    return [item for item in order if item not in out]
+    return [item for item in order if item not in left_out]
 
 
 def naive_positions(rows, query, gallery, drop=True):
     expected = []
     for row, pid, camid in zip(rows, query.pids.tolist(), query.camids.tolist(), strict=True):
         order = kept_order(row, pid, camid, gallery, drop)
-        expected.append([place for place, item in enumerate(order, 1) if gallery.pids[item] == pid])
+        expected.append([rank for rank, item in enumerate(order, 1) if gallery.pids[item] == pid])
     return expected
 
 
@@ -63,9 +63,9 @@ def squared_euclidean(query, gallery):
 
 @st.composite
 def pooled(draw, metric: str = "cosine", width: int = 12):
-    """Embeddings drawn from a few vectors, so that ties abound, and their true distances.
+    """Embeddings drawn from a few vectors, so that there are many ties, and their true distances.
 
-    The distance of two vectors of the pool is computed once, so equal vectors tie in the oracle.
+    The distance of two vectors of the pool is computed once, so equal vectors tie.
     """
     size = draw(st.integers(1, 6))
     seed = draw(st.integers(0, 2**32 - 1))
@@ -172,7 +172,7 @@ def test_positions_do_not_depend_on_the_order_of_the_queries(random):
     assert by_query(match_positions(moved, gallery)) == [plain[one] for one in order]
 
 
-def test_equal_features_are_ranked_by_their_place_in_the_gallery():
+def test_equal_features_are_ranked_by_their_gallery_index():
     ones = np.full((700, 2048), 0.37)
     pids = [index % 5 for index in range(700)]
     query, gallery = embeddings(ones[:3], [0, 1, 2], [1, 1, 1]), embeddings(ones, pids)
@@ -186,7 +186,7 @@ def test_memory_is_bounded_although_all_features_of_a_collapsed_model_tie():
     query = replace(ones, features=ones.features[:500], pids=ones.pids[:500])
     query = replace(query, camids=query.camids[:500])
     tracemalloc.start()
-    match_positions(query, ones, budget_mib=16)  # each of 2 million pairs has to be settled
+    match_positions(query, ones, budget_mib=16)  # each of 2 million pairs is a tie
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 16 * 2**20
@@ -200,7 +200,7 @@ def test_a_worked_example_with_junk_a_tie_and_a_same_camera_match():
         [1, 0, 1, 1, 1, 1, 0],
     )
     found = match_positions(query, gallery, metric="euclidean")
-    # Query 0: its own camera's 0.1 and the junk 0.5 are out; 1.0, then -2.0 before 2.0 (a tie).
+    # Query 0: its own camera's 0.1 and junk 0.5 are left out; 1.0, then -2.0 before 2.0 (a tie).
     # Query 1: 0.1, 1.0, then its match -2.0, the tie 2.0, and its match 3.0. Query 2: no match.
     assert by_query(found) == [[1, 3], [3, 5], []]
     result = retrieval_figures(found, ranks=3)
@@ -213,7 +213,7 @@ def test_a_worked_example_with_junk_a_tie_and_a_same_camera_match():
 
 
 def market1501(distances, query, gallery, max_rank):
-    """The protocol in its own words: sort, throw out, walk, average."""
+    """The protocol as published: sort, filter, find the hits, average."""
     precisions, penalties, curves = [], [], []
     for row, pid, camid in zip(distances, query.pids, query.camids, strict=True):
         order = np.argsort(row, kind="stable")
@@ -239,7 +239,7 @@ def test_figures_are_those_of_the_market1501_protocol(metric):
         if metric == "cosine":
             x /= np.linalg.norm(x, axis=1, keepdims=True)
             y /= np.linalg.norm(y, axis=1, keepdims=True)
-        # One row at a time and element by element, so that equal vectors are equally far.
+        # Computed row by row and element by element, so that equal vectors tie.
         rows = [((y - one) ** 2).sum(axis=1) for one in x]
         mean_ap, mean_inp, curve = market1501(rows, query, gallery, 50)
         found = retrieval_figures(match_positions(query, gallery, metric=metric))
@@ -307,7 +307,7 @@ def test_approximate_distances_keep_to_their_bound(seed, dim, exponent):
 def test_scores_of_float32_keep_to_their_bound(seed, dim, exponent, kind):
     draw = np.random.default_rng(seed)
     x = draw.standard_normal((6, dim))
-    if kind == "offset":  # all nearly alike
+    if kind == "offset":  # all nearly equal
         x = 1000 + x
     elif kind == "alternating":  # sums that cancel
         x = 1000 * (-1.0) ** np.arange(dim) + x
@@ -332,13 +332,13 @@ def test_scores_of_float32_keep_to_their_bound(seed, dim, exponent, kind):
 
 
 @pytest.mark.parametrize(("units", "shared"), [(0, True), (3.5, True), (6, False)])
-def test_vectors_that_are_nearly_of_unit_length_are_compared_without_a_copy(
+def test_vectors_of_nearly_unit_length_are_compared_without_a_copy(
     units: float, shared: bool
 ) -> None:
     draw = np.random.default_rng(0)
     unit = draw.standard_normal((50, 300))
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    # Lengths off by so many units of float32's rounding, one way and the other.
+    # Lengths that differ from 1 by this many float32 rounding units, up and down.
     lengths = 1 + units * 2.0**-24 * (-1.0) ** np.arange(50)[:, None]
     features = torch.from_numpy((unit * lengths).astype(np.float32))
     distances = Distances(features, features.clone(), "cosine")
@@ -366,8 +366,8 @@ def exact_positions(query, gallery, metric):
     st.sampled_from(["cosine", "euclidean"]),
     st.integers(1, 300),
 )
-def test_what_float32_cannot_tell_apart_is_settled(seed, gap, metric, dim):
-    # A collapsed model: all features within a hair of each other, many of them equal.
+def test_what_float32_cannot_tell_apart_is_ordered_exactly(seed, gap, metric, dim):
+    # A collapsed model: all features are nearly equal, many are equal.
     draw = np.random.default_rng(seed)
     pids, camids = draw.integers(0, 4, 90), draw.integers(0, 3, 90)
     steps = draw.integers(-2, 3, (90, dim)) * gap
@@ -379,7 +379,7 @@ def test_what_float32_cannot_tell_apart_is_settled(seed, gap, metric, dim):
     assert by_query(match_positions(query, gallery, metric=metric, budget_mib=1)) == expected
 
 
-def test_positions_do_not_depend_on_the_precision_that_training_has_chosen():
+def test_positions_do_not_depend_on_the_precision_set_for_training():
     query, gallery = random_sides()
     expected = match_positions(query, gallery).positions.tolist()
     before = torch.get_float32_matmul_precision()
@@ -401,7 +401,7 @@ def test_other_number_types_are_computed_in_float32(dtype):
     assert match_positions(*typed).positions.tolist() == expected
 
 
-def test_strided_read_only_and_grad_features_are_taken_as_they_are():
+def test_strided_read_only_and_grad_features_are_accepted():
     query, gallery = random_sides(num_query=10)
     expected = match_positions(query, gallery).positions.tolist()
     strided = replace(gallery, features=gallery.features.T.contiguous().T)
@@ -469,7 +469,7 @@ def test_rows_that_do_not_fit_are_an_error(rows, line):
 
 
 def check_lists(query, gallery, k, metric, rule):
-    """Lists hold what they should, and the matches in them stand where they are counted."""
+    """Lists are those of a sort, and the positions of their matches are those counted."""
     indices, distances = ranked_lists(query, gallery, k=k, metric=metric, same_camera=rule)
     assert (indices.dtype, distances.dtype) == (torch.int64, torch.float32)
     assert indices.shape == distances.shape == (len(query.pids), k)
@@ -482,8 +482,8 @@ def check_lists(query, gallery, k, metric, rule):
         order = kept_order(exact[row].tolist(), pid, camid, gallery, rule == "drop")[:k]
         items = indices[row].tolist()
         assert items == order + [-1] * (k - len(order))
-        hits = [place for place, item in enumerate(order, 1) if gallery.pids[item] == pid]
-        assert hits == [place for place in counted[row] if place <= k]
+        hits = [rank for rank, item in enumerate(order, 1) if gallery.pids[item] == pid]
+        assert hits == [rank for rank in counted[row] if rank <= k]
         expected = exact[row][order].float().tolist() + [math.inf] * (k - len(order))
         assert distances[row].tolist() == expected
 
@@ -503,7 +503,7 @@ def test_lists_of_wildly_different_lengths_agree_with_the_counted_positions():
     check_lists(query, replace(gallery, features=features), 7, "euclidean", "drop")
 
 
-def test_lists_of_equal_features_follow_the_gallery():
+def test_lists_of_equal_features_follow_the_gallery_order():
     gallery = embeddings(np.full((200, 8), 0.37), [1, 2] * 100)
     query = embeddings(np.full((2, 8), 0.37), [1, 2], [5, 5])
     indices, distances = ranked_lists(query, gallery, k=4)
@@ -513,8 +513,8 @@ def test_lists_of_equal_features_follow_the_gallery():
 
 @pytest.mark.parametrize("count", range(100, 120, 2))
 def test_lists_hold_where_the_search_cannot_tell_the_items_apart(count):
-    # One item after the other, fewer values are one unit in the last place above the query's.
-    # Divided by the longest norm and rounded, all items are the query itself for some counts.
+    # From item to item, fewer values are one unit in the last place above the query's. Divided by
+    # the longest norm and rounded, all items equal the query for some counts.
     low = np.float32(1000)
     vectors = np.where(np.tri(count, dtype=bool)[::-1], np.nextafter(low, np.float32(2e3)), low)
     gallery = embeddings(vectors, [1, 2] * (count // 2))
@@ -572,7 +572,7 @@ def test_matchable_counts_equal_the_positions_that_are_found(case, rule):
         (([1, 2], [0, 0], [1, 2], [0, 0]), "all cameras are 0.*use same_camera keep"),
         (([1, 2], [0, 1], [1, 2], [0, 1]), "each pid has only one camera.*same_camera keep"),
         (([1, 5], [0, 0], [1, 2], [0, 0]), "removes every match, and 1 of 2 query images"),
-        (([8, 9], [0, 0], [1, 2], [1, 1]), "not one of the 2 query images has its pid there"),
+        (([8, 9], [0, 0], [1, 2], [1, 1]), "none of the 2 query images has its pid there"),
         (([1, 2], [0, 0], [-1, -1], [1, 1]), "all of its images are junk"),
     ],
 )
@@ -660,7 +660,7 @@ for features in wrong:
             rank(good, side(features, 1))
         except ReidregError:
             continue
-        print("not noticed:", features)
+        print("no error:", features)
 """
     root = str(Path(reidreg.__file__).parents[1])
     done = subprocess.run(
@@ -695,7 +695,7 @@ def test_a_gpu_gives_the_same_positions(cuda):
     assert torch.equal(here, there.cpu())
 
 
-def test_a_list_of_everything_has_junk_and_the_own_camera_in_their_places():
+def test_a_list_of_everything_has_junk_and_same_camera_items_in_order():
     query = embeddings([[1.0, 0.0]], [1], [0])
     gallery = embeddings([[1.0, 0.3], [1.0, 0.1], [1.0, 0.2]], [1, 1, -1], [1, 0, 0])
     assert ranked_lists(query, gallery, k=3)[0].tolist() == [[0, -1, -1]]

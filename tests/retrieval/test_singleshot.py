@@ -1,4 +1,4 @@
-"""The protocol of CUHK03 against a loop that draws galleries one image at a time."""
+"""The single-shot protocol of CUHK03 against a loop that draws one image at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reidreg.values import Embeddings
 
 
 def embeddings(draw, most):
-    """Images on a grid of whole numbers, so that ties abound and distances are exact."""
+    """Images on an integer grid, so that there are many ties and distances are exact."""
     count = draw(st.integers(1, most))
     places = st.lists(
         st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=count, max_size=count
@@ -30,7 +30,7 @@ def embeddings(draw, most):
 
 
 def remaining(query, gallery, q, drop):
-    """The gallery items that are left for a query, by pid."""
+    """The gallery items that are not left out for a query, by pid."""
     by_pid = {}
     for item, (pid, camid) in enumerate(
         zip(gallery.pids.tolist(), gallery.camids.tolist(), strict=True)
@@ -42,7 +42,7 @@ def remaining(query, gallery, q, drop):
 
 
 def possible_positions(query, gallery, q, drop):
-    """Every position that the match can have, whatever is drawn."""
+    """Every position that the match can have in any draw."""
     by_pid = remaining(query, gallery, q, drop)
     mates = by_pid.pop(int(query.pids[q]), [])
 
@@ -59,7 +59,7 @@ def possible_positions(query, gallery, q, drop):
 
 @settings(deadline=None, max_examples=60)
 @given(st.data(), st.booleans())
-def test_positions_are_those_that_a_draw_of_one_image_per_person_can_give(data, drop):
+def test_positions_are_possible_in_a_draw_of_one_image_per_identity(data, drop):
     query, gallery = embeddings(data.draw, 6), embeddings(data.draw, 20)
     possible = [possible_positions(query, gallery, q, drop) for q in range(len(query.pids))]
     options = {"metric": "euclidean", "same_camera": "drop" if drop else "keep", "repeats": 25}
@@ -79,7 +79,7 @@ def test_positions_are_those_that_a_draw_of_one_image_per_person_can_give(data, 
 
 
 def naive_draws(query, gallery, q, repeats, seed):
-    """One gallery after the other, drawn with a generator of our own."""
+    """Positions in galleries that are drawn one after the other, with another generator."""
     draw = np.random.default_rng(seed)
     by_pid = remaining(query, gallery, q, True)
     positions = []
@@ -103,7 +103,7 @@ def random_sides(dim=3):
     return sides
 
 
-def test_every_image_of_a_person_is_drawn_equally_often():
+def test_every_image_of_an_identity_is_drawn_equally_often():
     query, gallery = random_sides()
     found = single_shot_positions(query, gallery, metric="euclidean", repeats=1000)
     for q, own in enumerate(found.positions.reshape(12, 1000)[:4]):
@@ -113,7 +113,7 @@ def test_every_image_of_a_person_is_drawn_equally_often():
         assert np.abs(shares - expected).max() < 5 * np.sqrt(2 * 0.25 / 1000)
 
 
-def test_with_one_image_per_person_it_is_the_protocol_of_market1501():
+def test_with_one_image_per_identity_it_is_the_protocol_of_market1501():
     draw = np.random.default_rng(5)
     features = torch.tensor(draw.standard_normal((50, 8)), dtype=torch.float32)
     gallery = Embeddings(features, torch.arange(50), torch.ones(50, dtype=torch.int64))
@@ -144,7 +144,7 @@ def test_draws_depend_on_the_seed_and_not_on_the_budget():
     assert single_shot_positions(query, gallery, seed=2).positions.tolist() != first
 
 
-def test_given_distances_are_ranked_alike():
+def test_given_distances_give_the_same_positions():
     query, gallery = random_sides()
     rows = torch.cdist(query.features.double(), gallery.features.double())
     ids = query.pids, query.camids, gallery.pids, gallery.camids

@@ -29,9 +29,11 @@ def embeddings(features, pids, camids=None):
     return Embeddings(features, torch.tensor(pids), torch.tensor(camids))
 
 
-def on_a_line(pids, places):
-    """Images at places of a line: squared distances to a query at 0 are the squared places."""
-    return embeddings(np.sqrt(np.asarray(places, dtype=np.float64))[:, None], pids, [1] * len(pids))
+def on_a_line(pids, squares):
+    """Images on a line with these squared distances to a query at 0."""
+    return embeddings(
+        np.sqrt(np.asarray(squares, dtype=np.float64))[:, None], pids, [1] * len(pids)
+    )
 
 
 def figures_of(query, gallery, **options):
@@ -41,7 +43,7 @@ def figures_of(query, gallery, **options):
 
 @st.composite
 def pooled(draw, metric):
-    """Embeddings drawn from a few vectors, so that ties abound, and their true distances."""
+    """Embeddings drawn from a few vectors, so that many tie, and their true distances."""
     size = draw(st.integers(1, 6))
     pool = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).standard_normal((size, 12))
     pool = (pool * 10.0 ** draw(st.integers(-6, 6))).astype(np.float32)
@@ -49,7 +51,7 @@ def pooled(draw, metric):
     if metric == "cosine":
         wide /= np.linalg.norm(wide, axis=1, keepdims=True)
     true = ((wide[:, None] - wide[None]) ** 2).sum(axis=2) / (2 if metric == "cosine" else 1)
-    # Two distances that are not equal have to be further apart than the cells can tell.
+    # Unequal distances must differ by more than the resolution of the cells.
     values = np.unique(true[np.triu_indices(size, 1)])
     assume(not len(values) or values[0] > 1e-3 * values[-1])
     assume((np.diff(values) > 1e-4 * values[:-1]).all())
@@ -64,7 +66,7 @@ def pooled(draw, metric):
 
 
 class Naive:
-    """Every pair in a list, every threshold tried."""
+    """All pairs in lists; every threshold is tried."""
 
     def __init__(self, query, gallery, rows, drop):
         self.genuine, self.impostor, self.lists = [], [], []
@@ -137,7 +139,7 @@ def check(case, metric, rule, far):
 
 
 def as_distance(threshold, metric):
-    # A pair that is next to a threshold may be rounded to its other side.
+    # A pair next to a threshold may be rounded to its other side.
     return (1 - threshold if metric == "cosine" else threshold) * (1 - 2.0**-19)
 
 
@@ -159,12 +161,12 @@ def test_figures_equal_trying_every_threshold_for_squared_euclidean(case, rule, 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2**18), min_size=2, max_size=30, unique=True), st.data())
 def test_distances_one_part_in_two_to_the_fifteenth_apart_are_told_apart(steps, data):
-    # Down to e**-8 of the largest. Two steps of the grid, so that rounding cannot join them.
-    places = [4 * (1 + 2.0**-15) ** -step for step in steps]
+    # Down to e**-8 of the largest. Two steps of the cells, so that rounding cannot merge them.
+    squares = [4 * (1 + 2.0**-15) ** -step for step in steps]
     pids = data.draw(st.lists(st.sampled_from([1, 2]), min_size=len(steps), max_size=len(steps)))
     assume(set(pids) == {1, 2})
-    query, gallery = embeddings([[0.0]], [1]), on_a_line(pids, places)
-    check((query, gallery, np.array([places])), "euclidean", "drop", 0.3)
+    query, gallery = embeddings([[0.0]], [1]), on_a_line(pids, squares)
+    check((query, gallery, np.array([squares])), "euclidean", "drop", 0.3)
 
 
 def test_a_worked_example_has_genuine_pairs_as_the_positive_class():
@@ -172,7 +174,7 @@ def test_a_worked_example_has_genuine_pairs_as_the_positive_class():
     gallery = on_a_line([1, 2, 1, 2, 2, 1, 2], [0.0, 0.1, 0.2, 0.4, 0.5, 0.6, 1.0])
     found = figures_of(query, gallery, metric="euclidean", far=0.25)
     entry = next(entry for entry in found["tar_at_far"] if entry["far"] == 0.25)
-    # One impostor in four may pass: that at 0.1. So genuine 0.0 and 0.2 do.
+    # One impostor in four may be accepted: the one at 0.1. So genuine 0.0 and 0.2 are, too.
     assert entry["tar"] == 2 / 3
     assert 0.2 < found["threshold"] < 0.4 and found["threshold"] == pytest.approx(0.4, rel=1e-5)
     # From (1/4, 2/3) to (2/4, 2/3) the curve crosses 1 - TAR = 1/3.
@@ -180,7 +182,7 @@ def test_a_worked_example_has_genuine_pairs_as_the_positive_class():
     assert found["dir_at_far"][0]["dir"] == 1.0 and found["dir_at_far"][0]["threshold"] < 0.1
 
 
-def test_equal_scores_accept_nothing_and_err_half_of_the_time():
+def test_equal_scores_accept_nothing_and_have_an_eer_of_one_half():
     query = embeddings(np.ones((3, 4)), [1, 2, 3])
     gallery = embeddings(np.ones((5, 4)), [1, 2, 3, 3, 4], [1] * 5)
     found = figures_of(query, gallery)
@@ -193,12 +195,12 @@ def test_scores_that_do_not_overlap_have_no_error():
     query, gallery = embeddings(np.eye(3), [1, 2, 3]), embeddings(np.eye(3), [1, 2, 3], [1] * 3)
     found = figures_of(query, gallery)
     assert found["eer"] == 0 and 0 < found["threshold"] < 1
-    # The loosest: just above the orthogonal ones.
+    # The loosest threshold is just above the cosine of orthogonal vectors.
     assert found["threshold"] == pytest.approx(0, abs=1e-5)
     assert found["tar_at_far"][0]["tar"] == found["dir_at_far"][0]["dir"] == 1
 
 
-def test_queries_without_a_mate_raise_alarms_but_are_not_to_be_identified():
+def test_queries_without_a_mate_count_for_far_but_not_for_dir():
     gallery = embeddings([[1, 0], [0, 1]], [1, 2], [1, 1])
     mated, stranger = embeddings([[1, 0.1]], [1]), embeddings([[1, 0], [0.1, 1]], [9, 1])
     query = Embeddings(
@@ -215,7 +217,7 @@ def test_queries_without_a_mate_raise_alarms_but_are_not_to_be_identified():
 KEYS = ("features", "pids", "camids")
 
 
-def test_unknown_people_take_no_part():
+def test_junk_is_left_out_of_both_sides():
     query, gallery = random_sides()
     clean = figures_of(query, gallery)
     more = [
@@ -242,7 +244,7 @@ def random_sides(dim=24, dtype=torch.float32, noise=1.0):
 
 
 def assert_as_near(one, other):
-    """Rounding moves no pair by more than a cell, and no figure visibly."""
+    """Rounding moves no pair by more than one cell, and changes figures by 1e-4 at most."""
     for kind in ("genuine", "impostor"):
         left, right = (
             np.bincount(counts.cells, getattr(counts, kind), CELLS).cumsum()
@@ -278,7 +280,7 @@ def test_narrow_features_are_compared_in_float32(dtype):
     assert_as_near(count_pairs(*sides), count_pairs(*wide))
 
 
-def test_settings_for_training_change_nothing():
+def test_precision_settings_of_the_process_change_nothing():
     query, gallery = random_sides(dim=512)
     expected = count_pairs(query, gallery)
     before = torch.get_float32_matmul_precision()
@@ -309,7 +311,7 @@ def test_the_histogram_holds_every_pair_under_its_score(metric):
         scores = torch.cdist(x, y).square()
     other = query.pids[:, None] != gallery.pids
     expected, _ = np.histogram(scores[other].numpy(), bins["edges"])
-    # A score next to an edge may fall to its other side, and the ends are rounded too.
+    # A score next to an edge may fall to its other side; the outer edges are rounded too.
     assert np.abs(expected - bins["impostor"]).max() <= 5
     assert sum(bins["impostor"]) == counts.impostor.sum() == int(other.sum())
     assert sum(bins["genuine"]) == counts.genuine.sum()
@@ -322,12 +324,12 @@ def test_figures_are_plain_numbers():
 
 
 @pytest.mark.parametrize("far", [0, 1, -0.1, float("nan")])
-def test_a_rate_that_is_none_is_one_line(far):
-    with pytest.raises(ConfigError, match=r"far: .* is no rate"):
+def test_a_rate_out_of_range_is_one_line(far):
+    with pytest.raises(ConfigError, match=r"far: .* is out of range"):
         figures_of(*random_sides(), far=far)
 
 
-def test_a_set_of_one_person_has_nothing_to_accept_falsely():
+def test_a_set_of_one_identity_is_an_error():
     side = embeddings(np.eye(3), [7, 7, -1], [0, 1, 0])
     with pytest.raises(DataError, match=r"all are of pid \[7\]"):
         figures_of(side, side)

@@ -1,4 +1,4 @@
-"""The evaluation of papers: CMC, mAP and mINP of a query against a gallery."""
+"""The retrieval evaluation of ReID papers: CMC, mAP and mINP of queries against a gallery."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ from reidreg import (
 class Retrieval(Evaluator):
     """CMC, mAP and mINP by the protocol of Market-1501 or CUHK03, exact, with optional re-ranking.
 
-    Gallery images of the query's person by the query's camera are left out, and so is junk (pid
-    -1). A query without a match is not counted among the valid ones. Of equally near images the
-    earlier one in the gallery comes first.
+    Gallery images of the query's pid and camera are left out, and so is junk (pid -1). A query
+    without a match is not valid and is in no figure. Of images at equal distance the one earlier in
+    the gallery comes first.
 
     Args:
         metric: cosine, or squared Euclidean distance.
         max_rank: Length of the CMC curve.
-        protocol: market1501 ranks all images; cuhk03 one per person, drawn again and again.
-        repeats: How often cuhk03 draws, always the same way.
+        protocol: market1501 ranks all images; cuhk03 ranks one per identity, in repeated draws.
+        repeats: Draws of cuhk03, the same in every run.
         same_camera: drop leaves out matches by the query's own camera; keep is for one camera.
-        ap: rectangle, the usual average precision; trapezoid is the original toolkit's.
-        bootstrap: Resamples for 95 % intervals of the figures, say 1000; 0 gives none.
-        cameras: Give mAP and rank-1 of every pair of cameras.
-        verification: Give EER, TAR@FAR, DIR@FAR and a threshold.
-        far: The false-accept rate that the threshold is for.
-        rerank: Give figures after k-reciprocal re-ranking beside the raw ones.
-        k1: Neighbours that re-ranking looks at.
-        k2: Neighbours whose sets re-ranking averages.
-        lambda_value: Share of the original distance after re-ranking.
-        expansion: Give figures after query expansion by so many neighbours, say 5; 0 gives none.
-        expansion_alpha: How fast farther neighbours count less in query expansion; 0 is their mean.
-        budget_mib: Memory for ranking beside the features, in MiB; no figure depends on it.
+        ap: rectangle is the usual average precision; trapezoid is the original toolkit's.
+        bootstrap: Resamples for 95 % intervals of the figures, say 1000; 0 turns them off.
+        cameras: Add mAP and rank-1 of every pair of cameras.
+        verification: Add EER, TAR@FAR, DIR@FAR and a threshold.
+        far: The false-accept rate of the threshold.
+        rerank: Add figures after k-reciprocal re-ranking.
+        k1: Neighbours that re-ranking considers.
+        k2: Neighbours whose encodings re-ranking averages.
+        lambda_value: Weight of the original distance in re-ranking.
+        expansion: Neighbours of query expansion, say 5, whose figures are added; 0 turns it off.
+        expansion_alpha: Exponent of the neighbours' cosines in query expansion; 0 is a plain mean.
+        budget_mib: Memory for ranking in addition to the features, in MiB; it changes no figure.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class Retrieval(Evaluator):
 
     @staticmethod
     def check(options: Mapping[str, Any]) -> None:
-        """Raise ValueError for figures that the protocol does not define."""
+        """Raise a ValueError for figures that the protocol does not define."""
         if options["cameras"] and options["protocol"] == "cuhk03":
-            raise ValueError("cameras: the table counts every match; cuhk03 draws one per person")
+            raise ValueError("cameras: the table counts every match; cuhk03 draws one per identity")
 
     def evaluate(self, query: Embeddings, gallery: Embeddings) -> dict[str, Any]:
         ids = query.pids, query.camids, gallery.pids, gallery.camids
@@ -131,7 +131,7 @@ class Retrieval(Evaluator):
         for key in ("num_queries", "num_valid_queries"):
             figures[key] //= self.repeats
         if self.bootstrap:
-            # All repeats of a person's queries are drawn with the person.
+            # All repeats of an identity's queries are drawn together.
             figures["intervals"] = bootstrap_intervals(
                 matches,
                 pids.repeat_interleave(self.repeats),
