@@ -29,7 +29,7 @@ from reidreg.errors import (
 )
 from reidreg.machine.interrupting import interrupt_outside_locks
 from reidreg.machine.malloc import keep_freed_memory
-from reidreg.machine.world import World, launched
+from reidreg.machine.world import World, world_from_env
 
 if TYPE_CHECKING:
     from reidreg.evaluation.evaluate import Evaluation
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"reidreg {_version()}" if name == "--version" else _usage())
         return 0 if arguments else 2
     try:
-        place = launched()
+        place = world_from_env()
         if name not in COMMANDS:
             raise ConfigError(f"no such command: {name}{did_you_mean(name, COMMANDS)}")
         if not place.is_main:
@@ -94,7 +94,7 @@ def _fail(command: str, error: BaseException, code: int) -> int:
         return line
 
     try:
-        alone = launched() == World()
+        alone = world_from_env() == World()
     except ConfigError:  # which is what there is to tell
         alone = True
     if alone:
@@ -197,7 +197,7 @@ def _fit(arguments: list[str], trial: Trial | None) -> int:
     if trial:
         config = trial.in_its_own_folder(config)
     if own["print_config"]:
-        if not launched().is_main:
+        if not world_from_env().is_main:
             return 0
         from reidreg.config.yamlfile import dump_yaml
 
@@ -212,7 +212,7 @@ def _fit(arguments: list[str], trial: Trial | None) -> int:
     if note:
         logger.warning("note: %s", note)
     figures = fit(config, own["resume"], profile=own["profile"])
-    if not launched().is_main:
+    if not world_from_env().is_main:
         return 0
     if figures:
         print("\n".join(evaluation_table(figures)))

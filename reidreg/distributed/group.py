@@ -33,7 +33,7 @@ from reidreg.distributed.liveness import Identity, Neighbour, neighbours
 from reidreg.errors import RankError, ReidregError
 from reidreg.machine.cores import count_cores
 from reidreg.machine.devices import current
-from reidreg.machine.world import World, launched
+from reidreg.machine.world import World, world_from_env
 from reidreg.values import Output, Sample
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[World]:
         RankError: Another process has ended, or does not answer.
     """
     global _world, _host
-    place = launched()
+    place = world_from_env()
     if place.size == 1 or _world.size > 1:
         with current(device):
             yield _world
@@ -422,7 +422,7 @@ def is_first_failure(store: TCPStore | None = None) -> bool:
     Args:
         store: The connection to use; None takes the main thread's.
     """
-    place = launched()
+    place = world_from_env()
     if place.size == 1:
         return True
     try:
@@ -452,7 +452,7 @@ def tell_failure(
     """
     if not is_first_failure(store):
         return
-    text, place = tell(), launched()
+    text, place = tell(), world_from_env()
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is not None:
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}

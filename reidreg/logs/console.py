@@ -33,7 +33,7 @@ from rich.progress import (
 
 from reidreg.config.sections import Config, WandbConfig
 from reidreg.errors import DivergedError, InterruptedRun, ReidregError
-from reidreg.machine.world import launched
+from reidreg.machine.world import world_from_env
 
 logger = logging.getLogger("reidreg")
 
@@ -61,7 +61,7 @@ def log_to_console() -> None:
 
     Of several processes only the first shows its own.
     """
-    if not launched().is_main:
+    if not world_from_env().is_main:
         logger.addHandler(logging.NullHandler())
         return
     if not any(isinstance(handler, _StdoutHandler) for handler in logger.handlers):
@@ -129,7 +129,7 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
-            disable=not (sys.stderr.isatty() and launched().is_main),
+            disable=not (sys.stderr.isatty() and world_from_env().is_main),
         )
         self._task = self._progress.add_task(description, total=total, figures="")
 

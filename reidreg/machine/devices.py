@@ -10,7 +10,7 @@ import torch
 
 from reidreg.errors import DeviceError
 from reidreg.machine.onednn import SoundConvolutions
-from reidreg.machine.world import World, launched
+from reidreg.machine.world import World, world_from_env
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -25,7 +25,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    place = launched()
+    place = world_from_env()
     if place.size > 1 and name != "cpu":
         name = _own_device(name, place)
     try:

@@ -49,7 +49,7 @@ class World:
         return slice(start, start + each + (rank < left))
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> World:
+def world_from_env(environment: Mapping[str, str] = os.environ) -> World:
     """The world that a launcher put this process into.
 
     Args:

@@ -34,7 +34,7 @@ from reidreg.logs.console import MetricsLog, ProgressBar, log_to_nobody, logger,
 from reidreg.logs.step_phases import DATA, UNHEARD, Phases
 from reidreg.machine.devices import choose_device
 from reidreg.machine.gpu_memory import describe_shortage
-from reidreg.machine.world import launched
+from reidreg.machine.world import world_from_env
 from reidreg.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reidreg.model.restore import load_weights
 from reidreg.training.announce import announce, describe_step
@@ -133,7 +133,7 @@ def first_checkpoint(
     folder: RunFolder, config: Config, resume: str | None
 ) -> tuple[Path | None, Checkpoint | None]:
     """The file to resume from, if there is one, and the checkpoint to begin with, if any."""
-    if launched().restarts and folder.begun():
+    if world_from_env().restarts and folder.begun():
         resume = "auto"  # the launcher has started this very run again
     resumed = folder.open_resumable(resume)
     folder.mark_begun(resumed is not None)

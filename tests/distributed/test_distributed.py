@@ -53,7 +53,7 @@ from reidreg.distributed.group import (
 from reidreg.distributed.sync_batchnorm import SynchronisedBatchNorm, synchronise_batchnorm
 from reidreg.errors import ConfigError, DataError, DeviceError, RankError
 from reidreg.evaluation.evaluate import evaluate_checkpoint
-from reidreg.machine.world import World, launched
+from reidreg.machine.world import World, world_from_env
 from reidreg.model.embedder import make_embedder
 from reidreg.model.model import build_model
 from reidreg.parts.interfaces import Sampler
@@ -69,8 +69,8 @@ Values = dict[str, Any]
 
 
 def test_without_a_launcher_a_process_is_a_world_of_its_own() -> None:
-    assert launched({}) == World()
-    assert launched({"WORLD_SIZE": "4"}) == World()
+    assert world_from_env({}) == World()
+    assert world_from_env({"WORLD_SIZE": "4"}) == World()
     with joined(CPU, 1.0) as alone:
         assert alone == World() and alone.is_main
 
@@ -85,7 +85,7 @@ def test_the_launchers_variables_say_which_process_this_is() -> None:
         "MASTER_ADDR": "one",
         "MASTER_PORT": "1",
     }
-    place = launched(variables)
+    place = world_from_env(variables)
     assert place == World(rank=5, size=8, local_rank=1, local_size=4, restarts=2)
     assert not place.is_main
 
@@ -107,7 +107,7 @@ def test_variables_that_contradict_each_other_are_one_line(
     for key in [key for key, value in changes.items() if value is None]:
         del variables[key]
     with pytest.raises(ConfigError, match=words) as caught:
-        launched(variables)
+        world_from_env(variables)
     assert "\n" not in str(caught.value) and "torchrun" in str(caught.value)
 
 
