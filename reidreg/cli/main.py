@@ -100,7 +100,7 @@ def _fail(command: str, error: BaseException, code: int) -> int:
     if alone:
         tell()
     else:
-        from reidreg.distributed.group import tell_failure
+        from reidreg.distributed.failure import tell_failure
 
         tell_failure(error, tell)
     return code

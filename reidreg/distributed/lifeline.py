@@ -1,4 +1,4 @@
-"""Processes of ours that end with the one that started them, however it ends."""
+"""Worker processes that end with the process that started them, even if it is killed."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import os
 import signal
 import sys
 
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+_PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process as soon as its parent has ended.
+    """Have the kernel kill this process as soon as its parent has ended.
 
-    A loading process looks after its parent by itself, but only every five seconds, and until
-    then keeps what it inherited open: the GPU's memory of a run that was killed, which the next
-    one needs. Elsewhere than on Linux those five seconds are all there is.
+    A DataLoader worker checks for its parent only every five seconds, and until then keeps open
+    what it inherited: the GPU memory of a killed run, which the next run needs. Systems other than
+    Linux have only that check.
 
-    The kernel counts the thread that started this process as its parent, so that has to be one
-    that lives as long as the run.
+    The kernel takes the thread that started this process for its parent, so that thread has to
+    live as long as the run.
     """
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # it ended before it was asked about
+    if parent is not None and not parent.is_alive():  # it ended before the call above
         os._exit(1)

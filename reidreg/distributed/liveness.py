@@ -1,12 +1,12 @@
-"""Whether the other processes of a run live, by what can be seen of them from outside.
+"""Heartbeats: detect ranks that are stopped or hung.
 
-Each process gives a sign every second from a thread of its own, whatever its main thread is doing:
-evaluating, writing, reading, waiting for others. One that is stopped, or hangs where no thread of
-it can go on, gives none, and would leave the others waiting for hours.
+Each rank sends a heartbeat every second from a thread, whatever its main thread is doing:
+evaluating, writing, reading, waiting for others. A rank that is stopped, or hangs so that none of
+its threads can run, sends none, and would leave the others waiting for hours.
 
-A plugin may keep Python's lock for minutes while it computes, so that its process gives no sign
-either. On the same machine that shows, since the process uses a processor; of another machine
-nothing is known but the signs, and there they may fail to come for longer.
+A plugin may hold the GIL for minutes while it computes, which stops the heartbeats as well. On the
+same machine the CPU time of its process tells the two apart. On another machine heartbeats are all
+that can be seen, so they may stay away for longer there.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# In looks of the one that waits, about a second each, and not by a clock: where all processes are
-# stopped and go on together, as a batch system does it, none of them has missed a sign.
-_HERE = 30
-_ELSEWHERE = 300
+# Missed checks, about one a second, until a rank counts as lost. Checks are counted, not seconds:
+# where a batch system stops all processes and continues them together, no check was missed.
+_SAME_MACHINE = 30
+_OTHER_MACHINE = 300
 
 
 @dataclass(frozen=True)
-class Identity:
-    """A process, as others can find it.
+class RankProcess:
+    """The process of a rank, described so that other ranks can find it.
 
     Args:
-        rank: Which one of the world it is.
-        host: The name of its machine, for people.
-        machine: What is the same for processes that see each other's process ids.
-        pid: Its process id.
-        started: When it started, in the kernel's ticks; None where the kernel does not say.
+        rank: Its rank.
+        host: The host name, for messages.
+        machine: An id that is equal for processes that see each other's process ids.
+        pid: The process id.
+        started: The start time in the kernel's ticks; None where the kernel does not say.
     """
 
     rank: int
@@ -44,8 +44,8 @@ class Identity:
     started: int | None
 
     @classmethod
-    def own(cls, rank: int) -> Identity:
-        """That of this process.
+    def current(cls, rank: int) -> RankProcess:
+        """This process.
 
         Args:
             rank: Its rank.
@@ -57,10 +57,10 @@ class Identity:
         times = _times(os.getpid())
         return cls(rank, host, machine or host, os.getpid(), times[0] if times else None)
 
-    def processor_time(self) -> int | None:
-        """Ticks of processor time that it has used so far; None where that cannot be seen."""
+    def cpu_time(self) -> int | None:
+        """The CPU time that it has used so far, in ticks; None where that cannot be seen."""
         times = _times(self.pid)
-        # An equal id alone may be another process's, which has it after this one.
+        # The kernel reuses process ids: only with the same start time is it this process.
         return times[1] if times and times[0] == self.started else None
 
     def __str__(self) -> str:
@@ -68,69 +68,68 @@ class Identity:
 
 
 def _times(pid: int) -> tuple[int, int] | None:
-    """When a process started, and the processor time of all its threads, in ticks."""
+    """When a process started, and the CPU time of all its threads, in ticks."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    fields = text.rpartition(")")[2].split()  # its name, in brackets, may hold anything
+    fields = text.rpartition(")")[2].split()  # the process name, in brackets, may hold anything
     return int(fields[19]), int(fields[11]) + int(fields[12])  # proc(5): starttime, utime, stime
 
 
-class Neighbour:
-    """Another process, watched by this one.
+class Peer:
+    """Another rank, monitored by this one.
 
     Args:
-        identity: Which.
-        here: Whether it runs on this machine.
+        process: Its process.
+        same_machine: Whether it runs on this machine.
     """
 
-    def __init__(self, identity: Identity, here: bool) -> None:
-        self.identity = identity
-        # Where its processor time cannot be seen, one of this machine is as any other.
-        self._here = here and identity.started is not None
+    def __init__(self, process: RankProcess, same_machine: bool) -> None:
+        self.process = process
+        # Where CPU times cannot be seen, the same machine is no better than another.
+        self._visible = same_machine and process.started is not None
         self._seen: tuple[int, int | None] | None = None
-        self._looks = 0
+        self._missed = 0
 
     @property
     def patience(self) -> int:
-        """After how many looks without a sign it is given up."""
-        return _HERE if self._here else _ELSEWHERE
+        """The number of missed checks after which it counts as lost."""
+        return _SAME_MACHINE if self._visible else _OTHER_MACHINE
 
-    def given_up(self, signs: int) -> bool:
-        """Look at it once: whether it has shown no life for too long.
+    def is_lost(self, heartbeats: int) -> bool:
+        """Check it once: whether it has been silent for too many checks.
 
         Args:
-            signs: How many it has given so far.
+            heartbeats: How many it has sent so far.
         """
-        seen = signs, self.identity.processor_time() if self._here else None
-        self._looks = self._looks + 1 if seen == self._seen else 0
+        seen = heartbeats, self.process.cpu_time() if self._visible else None
+        self._missed = self._missed + 1 if seen == self._seen else 0
         self._seen = seen
-        return self._looks >= self.patience
+        return self._missed >= self.patience
 
-    def end(self) -> None:
-        """Kill it, if it is there and runs on this machine; a stopped one hears nothing else."""
-        if self._here and self.identity.processor_time() is not None:
+    def kill(self) -> None:
+        """Kill it, if it runs on this machine; a stopped process reacts to SIGKILL only."""
+        if self._visible and self.process.cpu_time() is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.identity.pid, signal.SIGKILL)
+                os.kill(self.process.pid, signal.SIGKILL)
 
 
-def neighbours(rank: int, everyone: Sequence[Identity]) -> list[Neighbour]:
-    """Whom a process watches, so that nobody is silent unseen and nobody watches many.
+def peers_of(rank: int, processes: Sequence[RankProcess]) -> list[Peer]:
+    """The ranks that each rank monitors: a ring per machine plus a ring of machine leaders.
 
-    The processes of a machine stand in a ring, and so do the first ones of all machines; each
-    watches the next.
+    So every rank is monitored, and none monitors more than two.
 
     Args:
-        rank: Whose neighbours.
-        everyone: All processes, by rank.
+        rank: The monitoring rank.
+        processes: The processes of all ranks, by rank.
     """
-    own = everyone[rank]
-    here = [other for other in everyone if other.machine == own.machine]
-    firsts = list({other.machine: other for other in reversed(everyone)}.values())
+    own = processes[rank]
+    machine = [other for other in processes if other.machine == own.machine]
+    leaders = list({other.machine: other for other in reversed(processes)}.values())
     found = []
-    for ring in (here, firsts):
+    for ring in (machine, leaders):
         if own in ring and len(ring) > 1:
             following = ring[(ring.index(own) + 1) % len(ring)]
-            found.append(Neighbour(following, here=ring is here))
+            found.append(Peer(following, same_machine=ring is machine))
     return found

@@ -13,7 +13,7 @@ from reidreg.distributed.group import broadcast, world
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every generator that a part might draw from."""
+    """Seed the global generators of Python, numpy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -44,7 +44,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Set every global generator; those of CUDA devices as far as they are here."""
+    """Restore every global generator; those of CUDA devices that this machine lacks are skipped."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

@@ -65,7 +65,7 @@ def _own_device(name: str, place: World) -> str:
     return f"cuda:{place.local_rank}"
 
 
-def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The context in which a CUDA device is the one that torch means where none is named.
 
     Events and pinned memory belong to that one, and without it to the first device, of which they

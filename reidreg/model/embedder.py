@@ -17,7 +17,7 @@ from reidreg.data.workers import count_workers, loading_processes
 from reidreg.distributed.group import collect_rows, world
 from reidreg.errors import DataError
 from reidreg.logs.console import ProgressBar
-from reidreg.machine.devices import autocast, choose_device, choose_precision, current
+from reidreg.machine.devices import autocast, choose_device, choose_precision, on_device
 from reidreg.model.model import Model
 from reidreg.values import Embeddings, Sample
 
@@ -78,7 +78,11 @@ class Embedder:
             workers=self.workers,
             pin=self.device.type == "cuda",
         )
-        with loading_processes(), current(self.device), ProgressBar(what, len(samples)) as bar:
+        with (
+            loading_processes(),
+            on_device(self.device),
+            ProgressBar(what, len(samples)) as bar,
+        ):
             for images in batches:
                 span = slice(done, done + len(images))
                 found = self.features(images, camids[span])

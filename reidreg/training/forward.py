@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from reidreg.distributed.group import (
+from reidreg.distributed.gradients import (
     average_gradients,
     count_true,
     gather_output,
     gather_rows,
-    world,
 )
+from reidreg.distributed.group import world
 from reidreg.distributed.shared_rng import SharedDraws
 from reidreg.logs.step_phases import UNHEARD, Phases
 from reidreg.machine.devices import autocast

@@ -21,7 +21,7 @@ from reidreg.distributed.group import (
     broadcast_state,
     joined,
     main_first,
-    together,
+    start_together,
     wait,
     world,
 )
@@ -220,7 +220,7 @@ def train_epoch(
         meter.resume_clock()
         batches = run.loader.epoch(progress.epoch, start=progress.batch, phases=phases)
         phases.begin(DATA)
-        for batch in meter.watching(together(batches)):
+        for batch in meter.watching(start_together(batches)):
             train_step(run, batch, phases)
             phases.begin("other")
 

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from reidreg.distributed.group import mean_over_processes, world
+from reidreg.distributed.gradients import mean_over_processes
+from reidreg.distributed.group import world
 from reidreg.machine.gpu_memory import peak_memory
 from reidreg.machine.sizes import GIB
 

@@ -17,11 +17,12 @@ from reidreg.data.loading import TrainLoader
 from reidreg.data.sampling import build_sampler
 from reidreg.data.transforms import Augmentation
 from reidreg.data.workers import count_workers
-from reidreg.distributed.group import broadcast_state, check_same_run, main_first, world
+from reidreg.distributed.group import broadcast_state, main_first, world
 from reidreg.distributed.random_state import (
     seed_everything,
     seed_process,
 )
+from reidreg.distributed.same_run import check_same_run
 from reidreg.distributed.sync_batchnorm import synchronise_batchnorm
 from reidreg.errors import ConfigError, DataError
 from reidreg.logs.console import logger

@@ -36,20 +36,18 @@ from reidreg import (
 from reidreg.cli.main import main
 from reidreg.data.labels import labels_of
 from reidreg.data.sampling import SharedSampler, build_sampler
+from reidreg.distributed.gradients import average_gradients, gather_output, mean_over_processes
 from reidreg.distributed.group import (
     Agreement,
-    average_gradients,
     broadcast,
-    check_same_run,
     collect_rows,
     gather,
-    gather_output,
     joined,
     main_first,
-    mean_over_processes,
-    together,
+    start_together,
     world,
 )
+from reidreg.distributed.same_run import check_same_run
 from reidreg.distributed.sync_batchnorm import SynchronisedBatchNorm, synchronise_batchnorm
 from reidreg.errors import ConfigError, DataError, DeviceError, RankError
 from reidreg.evaluation.evaluate import evaluate_checkpoint
@@ -169,7 +167,7 @@ def tell() -> dict[str, Any]:
             "agreed": [agreement.highest(7 if n == 1 and place.rank == 1 else 0) for n in range(4)],
             "at once": agreement.highest(7 + place.rank, at_once=True),
             "mean": mean_over_processes({"a": torch.tensor(float(place.rank))})["a"].item(),
-            "together": list(together(iter("ab"))),
+            "together": list(start_together(iter("ab"))),
             "passed": passed,
         }
 
@@ -784,7 +782,7 @@ def test_a_process_that_is_stopped_outside_of_a_step_does_too(tmp_path: Path, ra
     )
     assert time.monotonic() - start < 60 and ended.returncode == 1
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("reidreg: ")]
-    assert f"rank {rank} on " in line and "no sign of life for 30 s" in line
+    assert f"rank {rank} on " in line and "no heartbeat for 30 s" in line
     assert line.removeprefix("reidreg: ") in ended.stderr[ended.stderr.index("Root Cause") :]
 
 

@@ -1,4 +1,4 @@
-"""Signs of life: who watches whom, and what is taken for the end of a process."""
+"""Heartbeats: which rank monitors which, and when a rank counts as lost."""
 
 from __future__ import annotations
 
@@ -13,76 +13,76 @@ from pathlib import Path
 
 import pytest
 
-from reidreg.distributed.liveness import Identity, Neighbour, neighbours
+from reidreg.distributed.liveness import Peer, RankProcess, peers_of
 
 
-def identity(rank: int, machine: str) -> Identity:
-    return Identity(rank, machine, machine, 1000 + rank, 5)
+def process_of(rank: int, machine: str) -> RankProcess:
+    return RankProcess(rank, machine, machine, 1000 + rank, 5)
 
 
 @pytest.mark.parametrize("machines", ["aaaa", "aabb", "abab", "abc", "aab", "ab"])
-def test_every_process_is_watched_by_one_of_its_machine_and_every_machine_by_another(
+def test_every_rank_is_monitored_on_its_machine_and_every_machine_by_another(
     machines: str,
 ) -> None:
-    everyone = [identity(rank, name) for rank, name in enumerate(machines)]
-    watched: dict[int, set[str]] = {rank: set() for rank in range(len(machines))}
+    everyone = [process_of(rank, name) for rank, name in enumerate(machines)]
+    monitors: dict[int, set[str]] = {rank: set() for rank in range(len(machines))}
     for rank, name in enumerate(machines):
-        found = neighbours(rank, everyone)
+        found = peers_of(rank, everyone)
         assert len(found) <= 2
         for other in found:
-            assert other.identity.rank != rank
-            assert (other.patience == 30) == (other.identity.machine == name)
-            watched[other.identity.rank].add(name)
+            assert other.process.rank != rank
+            assert (other.patience == 30) == (other.process.machine == name)
+            monitors[other.process.rank].add(name)
     for rank, name in enumerate(machines):
-        assert name in watched[rank] or machines.count(name) == 1
+        assert name in monitors[rank] or machines.count(name) == 1
     for name in set(machines) if len(set(machines)) > 1 else ():
-        by = {other for rank, own in enumerate(machines) if own == name for other in watched[rank]}
+        by = {other for rank, own in enumerate(machines) if own == name for other in monitors[rank]}
         assert by - {name}
 
 
-def test_one_process_has_nobody_to_watch() -> None:
-    assert neighbours(0, [identity(0, "a")]) == []
+def test_a_single_rank_monitors_none() -> None:
+    assert peers_of(0, [process_of(0, "a")]) == []
 
 
-def test_one_that_gives_signs_is_kept_and_one_that_stops_is_given_up() -> None:
-    there = Neighbour(identity(1, "b"), here=False)
-    assert not any(there.given_up(signs) for signs in range(1000))
-    looks = [there.given_up(999) for _ in range(there.patience)]
-    assert looks.index(True) == there.patience - 1
-    assert not there.given_up(1000)  # it goes on after all
+def test_a_rank_is_lost_once_its_heartbeats_stop_for_long_enough() -> None:
+    peer = Peer(process_of(1, "b"), same_machine=False)
+    assert not any(peer.is_lost(heartbeats) for heartbeats in range(1000))
+    checks = [peer.is_lost(999) for _ in range(peer.patience)]
+    assert checks.index(True) == peer.patience - 1
+    assert not peer.is_lost(1000)  # its heartbeats are back
 
 
 @pytest.fixture
 def busy() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that computes, and never gives a sign."""
+    """A process that computes, and sends no heartbeat."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     yield process
     process.kill()
     process.wait()
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processor times are Linux's")
-def test_one_that_computes_without_a_sign_lives_and_a_stopped_one_is_killed(
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="CPU times are read from /proc")
+def test_a_rank_that_computes_without_heartbeats_lives_and_a_stopped_one_is_killed(
     busy: subprocess.Popen[bytes],
 ) -> None:
-    own = Identity.own(0)
-    assert own.pid == os.getpid() and own.processor_time() is not None
+    own = RankProcess.current(0)
+    assert own.pid == os.getpid() and own.cpu_time() is not None
     fields = Path(f"/proc/{busy.pid}/stat").read_text().split()
-    other = Neighbour(replace(own, rank=1, pid=busy.pid, started=int(fields[21])), here=True)
+    other = Peer(replace(own, rank=1, pid=busy.pid, started=int(fields[21])), same_machine=True)
 
-    def given_up_within(looks: int) -> bool:
-        for _ in range(looks):
+    def lost_within(checks: int) -> bool:
+        for _ in range(checks):
             time.sleep(0.05)
-            if other.given_up(7):
+            if other.is_lost(7):
                 return True
         return False
 
-    assert not given_up_within(2 * other.patience)
+    assert not lost_within(2 * other.patience)
     busy.send_signal(signal.SIGSTOP)
-    assert given_up_within(2 * other.patience)
-    # Another process under the same id is none of ours.
-    Neighbour(replace(other.identity, started=1), here=True).end()
+    assert lost_within(2 * other.patience)
+    # Another process with the same id must not be killed.
+    Peer(replace(other.process, started=1), same_machine=True).kill()
     time.sleep(0.1)
     assert busy.poll() is None
-    other.end()
+    other.kill()
     assert busy.wait(10) == -signal.SIGKILL
