@@ -1,4 +1,4 @@
-"""Which device and which arithmetic a run uses."""
+"""The device and the precision of a run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from typing import Any
 import torch
 
 from reidreg.errors import DeviceError
-from reidreg.machine.onednn import SoundConvolutions
+from reidreg.machine.onednn import Float32Fallback
 from reidreg.machine.world import World, world_from_env
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `train.device`.
+    """The torch device for `train.device`.
 
-    Of several processes on a machine, each has the CUDA device of its own number.
+    With several ranks on a machine, each gets the CUDA device of its local rank.
+
+    Args:
+        name: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
-        DeviceError: It is not one, or not here.
+        DeviceError: It is not a device, or this machine does not have it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +35,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise DeviceError(
-            f"train.device: {name!r} is no device; it is auto, cpu, cuda, cuda:N or mps"
+            f"train.device: {name!r} is not a device; use auto, cpu, cuda, cuda:N or mps"
         ) from error
     if device.type == "cuda":
         count = torch.cuda.device_count()
@@ -51,7 +54,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _own_device(name: str, place: World) -> str:
-    """The device of one process among several."""
+    """The CUDA device of this rank, one of several on the machine."""
     if name != "cuda":
         raise DeviceError(
             f"train.device: {name} is one device for {place.size} processes; use auto, cuda or cpu"
@@ -66,19 +69,23 @@ def _own_device(name: str, place: World) -> str:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context in which a CUDA device is the one that torch means where none is named.
+    """A context in which a CUDA device is torch's current device; any other device changes nothing.
 
-    Events and pinned memory belong to that one, and without it to the first device, of which they
-    would take memory too.
+    Events and pinned memory belong to the current device. Without this they would go to cuda:0, and
+    take memory there.
     """
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The data type of `train.precision` on a device.
+    """The data type for `train.precision` on a device.
 
-    auto is bf16 where the hardware has it, and fp16, which needs a scaled loss, on CUDA cards that
-    have tensor cores for that alone, such as a T4; else fp32.
+    auto is bf16 where the hardware supports it; fp16, which needs loss scaling, on CUDA cards whose
+    tensor cores support nothing better, such as a T4; and fp32 otherwise.
+
+    Args:
+        name: auto, bf16, fp16 or fp32.
+        device: The device.
     """
     if name != "auto":
         return _DTYPES[name]
@@ -93,17 +100,17 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether bfloat16 products are instructions here; emulated ones are slower than float32."""
+    """Whether the CPU has bfloat16 instructions; emulated products are slower than float32."""
     capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 @contextlib.contextmanager
 def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """The context in which a model runs in this data type."""
+    """A context in which a model computes in this data type."""
     with contextlib.ExitStack() as stack:
         if dtype != torch.float32:
             stack.enter_context(torch.autocast(device.type, dtype=dtype))
         if device.type == "cpu" and dtype == torch.bfloat16:
-            stack.enter_context(SoundConvolutions())
+            stack.enter_context(Float32Fallback())
         yield

@@ -1,11 +1,19 @@
-"""Convolutions in bfloat16 that a CPU gets wrong, and float32 right.
+"""Work around oneDNN's wrong convolutions in bfloat16 on x86 CPUs: compute those in float32.
 
-oneDNN, by which torch computes on x86 processors, has kernels of its own for bfloat16. For a few
-shapes, most of them with strides, these read or write memory that is not theirs: what comes out is
-arbitrary, differs from run to run, may be NaN, and the process may crash. Seen with torch 2.14 on a
-Xeon with AMX, and in part with AVX512-BF16 alone, against float64 in shapes drawn at random and in
-those of 18 of timm's models. In models they are the last ones of narrow inputs, whose output is one
-pixel wide (any ResNet of stride 32 at 64 x 32), and the stem of RepVGG.
+What is wrong: for a few shapes, most of them strided, oneDNN's kernels for AMX, and in part those
+for AVX512-BF16, read or write memory outside their tensors. The output is arbitrary, may be NaN and
+differs from run to run, and the process may crash. In models it hits convolutions whose output is
+one pixel wide (the last stage of any ResNet of stride 32 at 64 x 32) and the stem of RepVGG.
+
+Seen with: torch 2.14 (oneDNN 3.12.0) on a Xeon with AMX, against float64, in random shapes and in
+those of 18 timm models.
+
+Upstream: we know of no issue that covers these 2D convolutions. Two entries look related, and were
+not checked against the shapes here: pytorch issue 169688 (strided conv3d whose output is one pixel
+wide) and oneDNN pull request 5494 (strides above the kernel size).
+
+When it can go: once `test_torch_still_needs_the_workaround` fails on a CPU with AMX, for the oldest
+torch that is supported.
 """
 
 from __future__ import annotations
@@ -21,8 +29,8 @@ from torch.overrides import TorchFunctionMode
 Sizes = int | Sequence[int]
 
 
-class SoundConvolutions(TorchFunctionMode):
-    """Computes 2D convolutions in float32, inside autocast to bfloat16, where that goes wrong."""
+class Float32Fallback(TorchFunctionMode):
+    """Inside autocast to bfloat16, computes the affected 2D convolutions in float32."""
 
     def __torch_function__(
         self,
@@ -34,7 +42,7 @@ class SoundConvolutions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.conv2d:
             call = Conv2dCall(*args, **kwargs)
-            if call.goes_wrong():
+            if call.is_affected():
                 return call.in_float32()
         return func(*args, **kwargs)
 
@@ -51,8 +59,8 @@ class Conv2dCall:
     dilation: Sizes = 1
     groups: int = 1
 
-    def goes_wrong(self) -> bool:
-        """Whether it is of a shape for which bfloat16 came out wrong, or is near to one."""
+    def is_affected(self) -> bool:
+        """Whether bfloat16 came out wrong for this shape, or for one close to it."""
         _, channels, height, width = self.weight.shape
         if 4 < channels < 32 and (height % 4 == 0 or width % 4 == 0):
             return True
@@ -66,10 +74,10 @@ class Conv2dCall:
         return self._columns() == 1 or down > height or across > width
 
     def in_float32(self) -> Tensor:
-        """The output, rounded to bfloat16 at the end."""
+        """The output computed in float32, rounded to bfloat16."""
         images, stride = self.input, self.stride
         if self.weight.shape[2:] == (1, 1) and self.padding in (0, (0, 0), "valid"):
-            # Of few channels, the gradient of strided weights crashes in float32 as well.
+            # With few channels, the weight gradient of a strided one crashes in float32 as well.
             down, across = _pair(stride)
             images, stride = images[..., ::down, ::across], 1
         with torch.autocast("cpu", enabled=False):
