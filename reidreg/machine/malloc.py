@@ -1,4 +1,14 @@
-"""Memory that tensors give back and take again."""
+"""Have the C library keep freed memory, for training and extraction on a CPU.
+
+A training step on a CPU allocates and frees gigabytes of activations. By default the GNU C library
+returns large blocks to the kernel at once, which clears every page of them again for the next
+layer: a fifth of the CPU time of a step of ResNet-50 in bfloat16. Keeping the blocks makes the
+process an eighth larger; benchmarks/README.md has the figures.
+
+Needed as long as torch's CPU allocator has no cache of its own, as its CUDA allocator has, and
+takes every tensor from malloc. No test can tell when that changes: to find out, compare
+`benchmarks/step.py` with and without `keep_freed_memory`.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +19,13 @@ import sys
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MIB = 2**20
-# Larger blocks, which no layer needs but tables of features and caches do, go back when freed.
-# The second is the most that glibc took before 2.35.
+# Blocks up to this size are kept. Larger ones, which are feature tables and caches, never
+# activations, go back when freed. The second value is the maximum of glibc before 2.35.
 _KEPT = (256 * _MIB, 32 * _MIB)
 
 
 def keep_freed_memory() -> bool:
-    """Have the whole process keep the blocks that are freed, for the next ones.
-
-    A training step on a CPU takes and frees gigabytes of activations. By itself the GNU C library
-    gives large blocks back to the kernel at once, which clears each page of them anew for the next
-    layer: a fifth of the processor time of a step of ResNet-50 in bfloat16. What lies idle between
-    the blocks in use makes the process an eighth larger.
+    """Keep freed blocks in this process for the next allocations.
 
     Returns:
         Whether it does; another C library is left as it is.
