@@ -41,8 +41,7 @@ from reidreg.errors import ConfigError, DataError
 from reidreg.files import PRIVATE, replacing
 from reidreg.logs.console import ProgressBar, logger
 from reidreg.machine.cores import count_cores
-from reidreg.machine.memory import available_memory
-from reidreg.machine.sizes import GIB, size_in_text
+from reidreg.machine.memory import GIB, available_memory, size_in_text
 
 Pixels = NDArray[np.uint8]
 

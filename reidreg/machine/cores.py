@@ -1,4 +1,4 @@
-"""How many cores a process may use, and who uses them."""
+"""The CPU cores that this process may use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 
 
 def count_cores() -> int:
-    """The cores that this process may use: those that it is bound to, where the system says so."""
+    """The number of cores that this process may use: its CPU affinity, where the system has one."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -18,10 +18,10 @@ def count_cores() -> int:
 
 @contextlib.contextmanager
 def one_thread_for_numpy() -> Iterator[None]:
-    """Products of numpy's matrices on the thread that asks for them.
+    """Compute numpy's matrix products on the calling thread alone.
 
-    OpenBLAS splits even small ones among threads that wait for each other: for a moment where the
-    cores are free, for seconds where they are busy.
+    OpenBLAS splits even small products among threads that wait for each other, which takes seconds
+    where the cores are busy with other work.
     """
     with threadpool_limits(limits=1, user_api="blas"):
         yield

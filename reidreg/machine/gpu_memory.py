@@ -1,4 +1,4 @@
-"""Memory: how much is free, who holds the rest, and what to say when it is too little."""
+"""GPU memory: how much is free, which processes hold the rest, and the out-of-memory message."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 
 import torch
 
-from reidreg.machine.sizes import size_in_text
+from reidreg.machine.memory import size_in_text
 
-_LISTED = 3  # processes that one line names
+_LISTED = 3  # processes that the message names
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that holds memory of a device.
+    """A process that holds GPU memory.
 
     Args:
-        pid: Its number.
-        command: The first words of its command line; empty where it cannot be seen from here.
-        held: Bytes, or None where the driver does not say.
+        pid: Its process id.
+        command: The first words of its command line; empty where this process may not see it.
+        held: The bytes that it holds, or None where the driver does not say.
     """
 
     pid: int
@@ -38,14 +38,17 @@ class Holder:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most memory that this process has held, in bytes: of a CUDA device, or else its own.
+    """The peak memory of this process in bytes: on the device for CUDA, else in main memory.
 
-    None where the system does not say. Of the process's own memory loading processes are no part.
+    Loader workers are not counted. None where the system does not say.
+
+    Args:
+        device: The device.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        # Not getrusage where this is there: after a fork that one remembers the parent's peak.
+        # Preferred to getrusage, whose peak after a fork includes the parent's.
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except OSError:
         return _peak_by_rusage()
@@ -63,7 +66,7 @@ def _peak_by_rusage() -> int | None:
 
 
 class CudaMemory:
-    """The memory of a CUDA device, as this process sees it.
+    """The memory of a CUDA device, as seen by this process.
 
     Args:
         device: The device.
@@ -73,42 +76,48 @@ class CudaMemory:
         self.device = device
 
     def reset(self) -> None:
-        """Give back what is not in use, and start a new peak."""
-        gc.collect()  # an error's traceback may hold the tensors of its step
+        """Release cached memory, and measure the peak from now on."""
+        gc.collect()  # the traceback of an error may hold the tensors of its step
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> int:
-        """The most bytes that tensors held since `reset`."""
+        """The peak of the bytes in tensors since `reset`."""
         return torch.cuda.max_memory_allocated(self.device)
 
     def available(self) -> int:
-        """The bytes that this process could hold in all: those it has, and those that are free."""
+        """The bytes that this process can use in all: those it reserved and those that are free."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device)
 
 
 def memory_of(device: torch.device) -> CudaMemory | None:
-    """The memory of a device whose limits can be known; None for others."""
+    """The memory of a CUDA device; None for other devices, whose limits are not known."""
     return CudaMemory(device) if device.type == "cuda" else None
 
 
-# --------------------------------------------------------------------- who holds it
+# --------------------------------------------------------------------- processes that hold it
 
 
 def holders(device: torch.device) -> list[Holder]:
     """The processes that hold memory of a CUDA device, the largest first.
 
-    Empty where nvidia-smi is missing, slow, or shows none; in a container it may see no other.
+    Empty where nvidia-smi is missing, slow, or shows none; in a container it may see no other
+    process than this one.
     """
-    found = _ask_nvidia_smi(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    found = compute_apps(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     return sorted(found, key=lambda holder: holder.held or 0, reverse=True)
 
 
-def _ask_nvidia_smi(uuid: str) -> list[Holder]:
+def compute_apps(uuid: str) -> list[Holder]:
+    """The processes on a GPU according to nvidia-smi; empty where it fails.
+
+    Args:
+        uuid: The UUID of the GPU, `GPU-...`.
+    """
     query = ["--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     try:
-        # By its UUID: CUDA_VISIBLE_DEVICES renumbers devices, and nvidia-smi does not follow it.
+        # By UUID, since nvidia-smi ignores how CUDA_VISIBLE_DEVICES renumbers devices.
         answer = subprocess.run(
             ["nvidia-smi", f"--id={uuid}", *query],
             stdin=subprocess.DEVNULL,
@@ -124,12 +133,12 @@ def _ask_nvidia_smi(uuid: str) -> list[Holder]:
 
 
 def parse_compute_apps(text: str) -> list[Holder]:
-    """The processes in nvidia-smi's `pid, MiB` lines; a line of another form is passed over."""
+    """The processes in nvidia-smi's `pid, MiB` lines; other lines are skipped."""
     found = []
     for line in text.splitlines():
         pid, _, held = (cell.strip() for cell in line.partition(","))
         if pid.isdecimal():
-            # `[N/A]` and `[Insufficient Permissions]` stand where there is no number.
+            # Instead of a number it may print `[N/A]` or `[Insufficient Permissions]`.
             size = int(held) * 2**20 if held.isdecimal() else None
             found.append(Holder(int(pid), command_of(int(pid)), size))
     return found
@@ -142,42 +151,42 @@ def command_of(pid: int) -> str:
     except OSError:
         return ""
     words = [word for word in line.split("\0") if word]
-    # The rest may hold what is nobody's business, such as keys.
+    # No more of them: the arguments may contain secrets.
     first = [word.rpartition("/")[2][:30] for word in words[:3]]
     return " ".join([*first, *(["..."] if len(words) > 3 else [])])
 
 
-# --------------------------------------------------------------------- too little of it
+# --------------------------------------------------------------------- out of memory
 
 _FIXES = "add --config overlays/low_memory, or lower --sampler.batch_size or --input.size"
 
 
 def describe_shortage(device: torch.device, need: int | None = None) -> str:
-    """What to say when a device's memory does not suffice.
+    """The message for a CUDA device whose memory does not suffice.
 
     Args:
-        device: The device, a CUDA one.
-        need: Bytes that a step needs, if that is known.
+        device: The device.
+        need: The bytes that a step needs, if that is known.
     """
     free, total = torch.cuda.mem_get_info(device)
     peak = torch.cuda.max_memory_allocated(device)
     asked = f"a step needs {size_in_text(need)}" if need else f"this run used {size_in_text(peak)}"
-    return shortage(str(device), asked, free, total, holders(device))
+    return format_shortage(str(device), asked, free, total, holders(device))
 
 
-def shortage(name: str, asked: str, free: int, total: int, held: Sequence[Holder]) -> str:
-    """The line of `describe_shortage`.
+def format_shortage(name: str, asked: str, free: int, total: int, held: Sequence[Holder]) -> str:
+    """Format the message of `describe_shortage`.
 
     Args:
         name: The device.
         asked: What was needed, in words.
-        free: Bytes that are free.
-        total: Bytes that there are.
-        held: Who holds the rest.
+        free: The free bytes.
+        total: The bytes of the device.
+        held: The processes that hold the rest.
     """
     shown = [str(holder) for holder in held[:_LISTED]]
     if len(held) > _LISTED:
         shown.append(f"{len(held) - _LISTED} more processes hold memory")
-    who = f"; {', '.join(shown)}" if shown else ""
-    room = f"{size_in_text(free)} of {size_in_text(total)} are free"
-    return f"{name} is out of memory: {asked}, {room}{who}; {_FIXES}"
+    holding = f"; {', '.join(shown)}" if shown else ""
+    left = f"{size_in_text(free)} of {size_in_text(total)} are free"
+    return f"{name} is out of memory: {asked}, {left}{holding}; {_FIXES}"

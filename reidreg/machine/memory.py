@@ -1,4 +1,4 @@
-"""How much memory a process may still take on this machine."""
+"""How much memory this process may still allocate, and sizes as text."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-_UNLIMITED = 2**60  # version 1 of control groups has a huge number where there is no limit
+GIB = 2**30
+_UNLIMITED = 2**60  # cgroups v1 states a huge number where there is no limit
+
+
+def size_in_text(size: float) -> str:
+    """Bytes as text, in GiB, or in MiB below a tenth of one: `14.6 GiB`, `24.0 MiB`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can be taken without swapping, within the limits of a container or a job.
+    """Bytes that can be allocated without swapping, within the limits of a container or a job.
 
     Args:
-        root: Where `proc` and `sys` are.
+        root: The folder with `proc` and `sys`.
 
     Returns:
         The bytes, or None on a system that does not say.
@@ -23,20 +29,20 @@ def available_memory(root: Path = Path("/")) -> int | None:
         fields = dict(line.split(":", 1) for line in lines)
         machine = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return _half_of_all()
-    return min([machine, *_room_in_groups(root)])
+        return _half_of_total()
+    return min([machine, *_left_in_cgroups(root)])
 
 
-def _half_of_all() -> int | None:
-    """Half of the machine's memory, where the system does not say how much of it is free."""
+def _half_of_total() -> int | None:
+    """Half of the machine's memory: an estimate where the system does not say what is free."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, ValueError, OSError):  # Windows
         return None
 
 
-def _room_in_groups(root: Path) -> Iterator[int]:
-    """What each control group that this process is in has left: a parent's limit holds too."""
+def _left_in_cgroups(root: Path) -> Iterator[int]:
+    """Bytes left in each cgroup of this process, parents included, since their limits hold too."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -51,15 +57,15 @@ def _room_in_groups(root: Path) -> Iterator[int]:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
-        # A container often sees its own group as the top one, under another path.
+        # A container often sees its own cgroup as the root, although its path says otherwise.
         group = top / path.lstrip("/")
         for folder in {top, group, *(p for p in group.parents if top in p.parents)}:
-            room = _room_in_group(folder, *names)
-            if room is not None:
-                yield room
+            left = _left_in_cgroup(folder, *names)
+            if left is not None:
+                yield left
 
 
-def _room_in_group(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
+def _left_in_cgroup(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
     try:
         allowed = (folder / limit).read_text().strip()
         if allowed == "max" or int(allowed) >= _UNLIMITED:
@@ -67,7 +73,7 @@ def _room_in_group(folder: Path, limit: str, usage: str, reclaimable: str) -> in
         used = int((folder / usage).read_text())
         counts = (folder / "memory.stat").read_text().splitlines()
         fields = dict(line.split(" ", 1) for line in counts)
-        # Pages of files that were read once are given up for whoever needs memory.
+        # The kernel frees these cached file pages as soon as memory is needed.
         used -= int(fields.get(reclaimable, 0))
     except (OSError, ValueError):
         return None

@@ -1,7 +1,7 @@
-"""Which of how many processes this one is, by the environment that its launcher sets.
+"""Rank and world size, from the environment variables that the launcher sets.
 
-`torchrun` sets these variables, and other launchers of torch set the same. Without them, a process
-is a world of its own. Nothing here imports torch: even what only prints asks who prints.
+`torchrun` and other launchers of torch set the same variables. Without them the world size is 1.
+This module does not import torch, because every command asks here whether it is the one to print.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from reidreg.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """The processes that work on one run.
+    """The place of this process among the processes of a run.
 
     Args:
-        rank: Which one this is, from 0.
-        size: How many there are, on all machines.
-        local_rank: Which one of this machine it is, from 0.
-        local_size: How many there are on this machine.
-        restarts: How often the launcher has started them anew after a failure.
+        rank: Its rank, from 0.
+        size: The world size: the number of processes on all machines.
+        local_rank: Its rank on this machine, from 0.
+        local_size: The number of processes on this machine.
+        restarts: How often the launcher has restarted all of them after a failure.
     """
 
     rank: int = 0
@@ -33,15 +33,15 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
     def share(self, count: int, rank: int | None = None) -> slice:
-        """The rows out of `count` that are a rank's: contiguous, the first ranks' one longer.
+        """A rank's share of `count` rows: contiguous, one row longer in the first ranks if uneven.
 
         Args:
-            count: Rows in all.
-            rank: Whose share; None takes this process's.
+            count: The number of rows of all ranks together.
+            rank: The rank; None takes this process's.
         """
         rank = self.rank if rank is None else rank
         each, left = divmod(count, self.size)
@@ -50,13 +50,13 @@ class World:
 
 
 def world_from_env(environment: Mapping[str, str] = os.environ) -> World:
-    """The world that a launcher put this process into.
+    """Read this process's place from the launcher's environment variables.
 
     Args:
         environment: The variables.
 
     Raises:
-        ConfigError: The variables contradict each other.
+        ConfigError: They contradict each other.
     """
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return World()
@@ -71,13 +71,13 @@ def world_from_env(environment: Mapping[str, str] = os.environ) -> World:
     if not (rank < size and world.local_rank < world.local_size):
         raise ConfigError(
             f"RANK {rank} of WORLD_SIZE {size}, LOCAL_RANK {world.local_rank} of LOCAL_WORLD_SIZE "
-            f"{world.local_size}: the environment is no launcher's; start several processes by "
-            "torchrun, or unset RANK and WORLD_SIZE for one"
+            f"{world.local_size}: no launcher sets these; start several processes with torchrun, "
+            "or unset RANK and WORLD_SIZE to run one"
         )
     if size > 1 and not ("MASTER_ADDR" in environment and "MASTER_PORT" in environment):
         raise ConfigError(
-            "WORLD_SIZE is set, MASTER_ADDR and MASTER_PORT are not: start several processes by "
-            "torchrun, or unset RANK and WORLD_SIZE for one"
+            "WORLD_SIZE is set, MASTER_ADDR and MASTER_PORT are not: start several processes with "
+            "torchrun, or unset RANK and WORLD_SIZE to run one"
         )
     return world
 
@@ -87,5 +87,5 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     if text is None and default is not None:
         return default
     if text is None or not text.isdecimal():
-        raise ConfigError(f"{name}: {text!r} is no number; torchrun sets it, or unset it")
+        raise ConfigError(f"{name}: {text!r} is not a number; start with torchrun, or unset it")
     return int(text)

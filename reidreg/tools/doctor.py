@@ -10,8 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from reidreg.errors import ReidregError
-from reidreg.machine.memory import available_memory
-from reidreg.machine.sizes import size_in_text
+from reidreg.machine.memory import available_memory, size_in_text
 
 PACKAGES = (
     "reidreg",

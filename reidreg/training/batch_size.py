@@ -15,7 +15,7 @@ from reidreg.errors import ConfigError, DataError, DeviceError, ReidregError
 from reidreg.logs.console import logger
 from reidreg.machine.devices import choose_device
 from reidreg.machine.gpu_memory import describe_shortage, memory_of
-from reidreg.machine.sizes import size_in_text
+from reidreg.machine.memory import size_in_text
 from reidreg.model.checkpoint import Checkpoint
 from reidreg.parts.interfaces import SAMPLERS
 from reidreg.parts.schema import AUTO, options_of

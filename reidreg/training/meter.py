@@ -12,7 +12,7 @@ from torch import Tensor
 from reidreg.distributed.gradients import mean_over_processes
 from reidreg.distributed.group import world
 from reidreg.machine.gpu_memory import peak_memory
-from reidreg.machine.sizes import GIB
+from reidreg.machine.memory import GIB
 
 T = TypeVar("T")
 

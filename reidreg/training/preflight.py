@@ -20,7 +20,7 @@ from reidreg.evaluation.figures import log_figures
 from reidreg.evaluation.table import describe_evaluation
 from reidreg.logs.console import logger
 from reidreg.machine.gpu_memory import describe_shortage, memory_of
-from reidreg.machine.sizes import size_in_text
+from reidreg.machine.memory import size_in_text
 from reidreg.model.embedder import embeddings_of
 from reidreg.parts.interfaces import Dataset, Evaluator
 from reidreg.training.run import Run

@@ -92,7 +92,7 @@ def test_the_launchers_variables_say_which_process_this_is() -> None:
     ("changes", "words"),
     [
         ({"RANK": "2"}, "RANK 2 of WORLD_SIZE 2"),
-        ({"RANK": "one"}, "RANK: 'one' is no number"),
+        ({"RANK": "one"}, "RANK: 'one' is not a number"),
         ({"LOCAL_RANK": "7"}, "LOCAL_RANK 7"),
         ({"MASTER_ADDR": None}, "MASTER_ADDR and MASTER_PORT are not"),
     ],
@@ -116,7 +116,7 @@ def test_a_command_says_in_one_line_that_they_contradict(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["plugins"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("reidreg plugins: ") and "RANK: 'one' is no number" in line
+    assert line.startswith("reidreg plugins: ") and "RANK: 'one' is not a number" in line
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -12,13 +12,13 @@ import torch
 
 from reidreg.machine.gpu_memory import (
     Holder,
-    _ask_nvidia_smi,
     command_of,
+    compute_apps,
+    format_shortage,
     parse_compute_apps,
     peak_memory,
-    shortage,
 )
-from reidreg.machine.sizes import GIB
+from reidreg.machine.memory import GIB
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def answering(script: Path, text: str) -> None:
 def test_nvidia_smi_is_asked_for_one_device_by_its_uuid(nvidia_smi: Path, tmp_path: Path) -> None:
     asked = tmp_path / "asked"
     answering(nvidia_smi, f'echo "$@" > {asked}; echo "{os.getpid()}, 9318"; echo "1, 5"')
-    held = _ask_nvidia_smi("GPU-123")
+    held = compute_apps("GPU-123")
     assert [(holder.pid, holder.held) for holder in held] == [
         (os.getpid(), 9318 * 2**20),
         (1, 5 * 2**20),
@@ -53,14 +53,14 @@ def test_nvidia_smi_is_asked_for_one_device_by_its_uuid(nvidia_smi: Path, tmp_pa
 @pytest.mark.parametrize("text", ["exit 9", "echo nonsense", "printf '\\377\\376, x'", ":"])
 def test_a_broken_nvidia_smi_is_no_failure(nvidia_smi: Path, text: str) -> None:
     answering(nvidia_smi, text)
-    assert _ask_nvidia_smi("GPU-123") == []
+    assert compute_apps("GPU-123") == []
 
 
 def test_a_missing_nvidia_smi_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _ask_nvidia_smi("GPU-123") == []
+    assert compute_apps("GPU-123") == []
 
 
 def test_lines_of_other_forms_are_passed_over() -> None:
@@ -89,7 +89,7 @@ def test_a_command_is_shown_by_its_first_words_without_folders_or_what_follows()
 
 def test_the_line_names_need_free_and_holders() -> None:
     held = [Holder(4711, "reidreg fit ...", int(9.1 * GIB)), Holder(12, "", None)]
-    line = shortage("cuda:0", "a step needs 17.2 GiB", int(1.6 * GIB), int(14.6 * GIB), held)
+    line = format_shortage("cuda:0", "a step needs 17.2 GiB", int(1.6 * GIB), int(14.6 * GIB), held)
     assert line == (
         "cuda:0 is out of memory: a step needs 17.2 GiB, 1.6 GiB of 14.6 GiB are free; "
         "pid 4711 reidreg fit ... holds 9.1 GiB, pid 12 holds memory; "
@@ -99,7 +99,7 @@ def test_the_line_names_need_free_and_holders() -> None:
 
 def test_the_line_stays_short_beside_many_processes() -> None:
     held = [Holder(pid, "python ...", GIB) for pid in range(1, 40)]
-    line = shortage("cuda:0", "a step needs 2.0 GiB", 0, GIB, held)
+    line = format_shortage("cuda:0", "a step needs 2.0 GiB", 0, GIB, held)
     assert "36 more processes hold memory" in line and len(line) < 400
 
 

@@ -14,7 +14,7 @@ from conftest import small_run
 from reidreg import fit, load_checkpoint, load_config
 from reidreg.distributed.group import joined
 from reidreg.errors import ConfigError, DataError, DeviceError
-from reidreg.machine.sizes import GIB
+from reidreg.machine.memory import GIB
 from reidreg.training import batch_size as batch_size_module
 from reidreg.training.batch_size import largest, with_batch_size
 from reidreg.training.step_memory import Trial

@@ -312,7 +312,7 @@ def test_a_shortage_is_said_by_what_the_driver_and_torch_tell(
         return [Holder(2**22 + 1, "small", 2**20), Holder(2**22 + 2, "large", 2**33)]
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(device_memory, "_ask_nvidia_smi", holders)
+    monkeypatch.setattr(device_memory, "compute_apps", holders)
     line = describe_shortage(torch.device("cuda"), need=2**35)
     assert asked == ["GPU-12-34"]
     assert line.startswith(

@@ -24,7 +24,7 @@ from reidreg.distributed import group as distributed
 from reidreg.distributed import shared_rng as shared_draws
 from reidreg.distributed.random_state import random_state
 from reidreg.errors import ConfigError, DataError, DeviceError
-from reidreg.machine.sizes import GIB
+from reidreg.machine.memory import GIB
 from reidreg.machine.world import World
 from reidreg.training import preflight as preflight_module
 from reidreg.training.optimizers import make_optimizer
