@@ -1,10 +1,10 @@
-"""A CUDA device that is none: tensors that say they are on `cuda`, and are computed on the CPU.
+"""A simulated CUDA device: tensors that report `cuda` as their device, computed on the CPU.
 
-For what can be seen without a GPU: that no operation mixes devices, that the host does not wait for
-the device, that no stream uses what another may still be writing, and that the code for a device
-comes to what the code for the CPU comes to. torch's engine asks the driver for streams of its own,
-so that `Tensor.backward` is a stand-in that gives every parameter of the graph some gradient. What
-kernels, drivers and memory do can only be seen on a GPU.
+It checks what can be checked without a GPU: that no operation mixes devices, that the host does not
+synchronise with the device, that no stream uses memory that another may still be writing, and that
+the code for a device computes the same as the code for the CPU. torch's autograd engine asks the
+driver for streams, so `Tensor.backward` is replaced by a function that gives every parameter of the
+graph some gradient. Kernels, drivers and memory limits can only be tested on a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
 
-# The host needs their outcome, or its size, before it can go on.
+# Operations whose result, or its size, the host needs before it can continue.
 _WAITING = {
     "_local_scalar_dense",
     "_unique2",
@@ -38,18 +38,18 @@ _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
 class MixedDevices(AssertionError):
-    """An operation has tensors of the device and of the host."""
+    """An operation has tensors on the device and on the host."""
 
 
 class Race(AssertionError):
-    """A stream uses memory before another one is known to be done with it."""
+    """A stream uses memory that another stream may not be done with."""
 
 
 Clock = dict["Stream", int]
 
 
 class Stream:
-    """A queue of operations, which knows how far other queues are before its next one."""
+    """A CUDA stream, as a vector clock: the steps of each stream that are done before its next."""
 
     def __init__(self, device: object = None) -> None:
         self.seen: Clock = {self: 0}
@@ -64,7 +64,7 @@ class Stream:
 
 
 class Event:
-    """A place in a queue; by the clock of the queue's own steps."""
+    """A CUDA event: the clock of a stream at the time of recording."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.seen: Clock = {}
@@ -74,15 +74,15 @@ class Event:
 
 
 def join(clock: Clock, other: Clock) -> None:
-    """Have seen what another has seen, too."""
+    """Merge another clock into a clock: the later step of each stream."""
     for stream, step in other.items():
         clock[stream] = max(clock.get(stream, 0), step)
 
 
 class Memory:
-    """Who uses a block of memory, and until when; tensors that share it share this.
+    """The streams that read and write a block of memory; tensors that share the block share this.
 
-    It is given back to the stream that it was made on, which may use it again at once.
+    When freed, it returns to the stream that allocated it, which may reuse it at once.
     """
 
     def __init__(self, device: Pretended) -> None:
@@ -100,7 +100,7 @@ class Memory:
 
 
 class OnDevice(Tensor):
-    """A tensor of the pretended device over one of the CPU."""
+    """A tensor on the simulated device that wraps one on the CPU."""
 
     held: Tensor
     memory: Memory
@@ -142,10 +142,10 @@ class OnDevice(Tensor):
 
 
 class Pretended(TorchDispatchMode):
-    """Computes what is to be computed on the device, and looks at it; see `pretended_cuda`.
+    """Runs and checks the operations of the simulated device; see `pretended_cuda`.
 
-    `waits` says what the host waited for, in order, until a test empties it; `freed_early` counts
-    what was given back while another stream may still use it.
+    `waits` lists what the host waited for, in order, until a test empties it; `freed_early` counts
+    the blocks that were freed while another stream could still use them.
     """
 
     current: Pretended
@@ -159,14 +159,14 @@ class Pretended(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler, which takes seconds
+        return False  # otherwise torch imports its compiler, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Compute an operation."""
-        if torch.is_inference_mode_enabled():  # where operations arrive before they are taken apart
+        """Run an operation."""
+        if torch.is_inference_mode_enabled():  # operations arrive before decomposition
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -213,7 +213,7 @@ class Pretended(TorchDispatchMode):
             if any(not isinstance(index, OnDevice) for index in indices):
                 self._wait("an index of the host")
             elif any(index.dtype == torch.bool for index in indices):
-                if name == "index" or args[2].numel() > 1:  # one value is filled in by the mask
+                if name == "index" or args[2].numel() > 1:  # one value needs no wait
                     self._wait("an index by a mask")
             here = [tensor for tensor in here if all(tensor is not index for index in indices)]
         if here:
@@ -224,7 +224,7 @@ class Pretended(TorchDispatchMode):
         join(self.host, self.stream.seen)
 
     def _step(self, func: Any, args: Any, kwargs: dict[str, Any], ours: list[OnDevice]) -> int:
-        """Put the operation into the current stream, and say at which place it is."""
+        """Append the operation to the current stream, and return its position."""
         stream = self.stream
         join(stream.seen, self.host)
         stream.seen[stream] += 1
@@ -264,7 +264,7 @@ def _real(value: Any) -> Any:
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """The tensor, taken for one in pinned memory."""
+    """The tensor, marked as one in pinned memory."""
     tensor.is_pretended_pinned = True  # type: ignore[attr-defined]
     return tensor
 
@@ -288,7 +288,7 @@ _module_to = torch.nn.Module.to
 
 
 def _to(module: torch.nn.Module, *place: Any, **options: Any) -> torch.nn.Module:
-    """Move a module whose parameters become others, of another type, and are still the same."""
+    """Move a module in place: its parameters change their class and keep their identity."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -304,13 +304,13 @@ class _Generator(torch.Generator):
 
 @contextlib.contextmanager
 def pretended_cuda() -> Iterator[Pretended]:
-    """A machine with one CUDA device, for the length of the block; no tensor of it outlives it."""
+    """Simulate a machine with one CUDA device; no tensor of it may outlive the block."""
     if torch.cuda.is_available():
-        torch.cuda.init()  # before a stand-in takes its place
+        torch.cuda.init()  # before it is replaced below
     elif not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
-        pytest.skip("this torch cannot do without a driver")
+        pytest.skip("this torch lacks the private function that makes a driver unnecessary")
     else:
-        torch._C._ensureCUDADeviceGuardSet()  # so that autograd asks no driver for streams
+        torch._C._ensureCUDADeviceGuardSet()  # so that autograd does not ask the driver
     mode = Pretended.current = Pretended()
 
     @contextlib.contextmanager
@@ -343,7 +343,7 @@ def pretended_cuda() -> Iterator[Pretended]:
         "torch.Tensor.backward": backward,
         "torch.Generator": _Generator,
     }
-    no_cudnn = torch.backends.cudnn.flags(enabled=False)  # whose operations the CPU does not have
+    no_cudnn = torch.backends.cudnn.flags(enabled=False)  # the CPU has no cuDNN operations
     with pytest.MonkeyPatch.context() as patch, no_cudnn, mode:
         for name, stand_in in stand_ins.items():
             patch.setattr(name, stand_in)

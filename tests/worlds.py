@@ -1,4 +1,4 @@
-"""Functions in several processes at once, as a launcher would start them."""
+"""Run functions in several processes at once, as a launcher starts them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-# Its processes are forked from one that has imported what takes seconds, and has no threads.
+# Forks from a process without threads, which has the slow imports behind it.
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["torch", "torchvision", "reidreg.training.loop", "reidreg_plugins"])
 
@@ -22,13 +22,13 @@ FORKING.set_forkserver_preload(["torch", "torchvision", "reidreg.training.loop",
 def started(
     count: int, function: Callable[..., Any], *arguments: Any, **environment: str
 ) -> Iterator[list[tuple[BaseProcess, Connection]]]:
-    """Start a function in `count` processes of one world; what is left of them is killed.
+    """Start a function in `count` ranks of one world; those still alive at the end are killed.
 
     Args:
-        count: How many.
-        function: At the top level of a module.
+        count: The world size.
+        function: A function at the top level of a module.
         arguments: Its arguments.
-        environment: Further variables.
+        environment: Additional environment variables.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -61,10 +61,10 @@ def started(
 def in_processes(
     count: int, function: Callable[..., Any], *arguments: Any, **environment: str
 ) -> list[Any]:
-    """What a function returns in each of `count` processes, by rank.
+    """What a function returns in each of `count` ranks, by rank.
 
     Raises:
-        AssertionError: It raised in one of them; the text is its traceback.
+        AssertionError: The function raised in a rank; the message is the traceback.
     """
     with started(count, function, *arguments, **environment) as processes:
         results = []
@@ -93,5 +93,5 @@ def _work(
         answer = None, function(*arguments)
     except BaseException:
         answer = traceback.format_exc(), None
-    # By value: torch would share the memory of tensors, which ends with this process.
+    # Pickled here: a Connection would send tensors as shared memory, which ends with this process.
     connection.send_bytes(pickle.dumps(answer))

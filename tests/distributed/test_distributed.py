@@ -1,4 +1,4 @@
-"""Several processes: the same run as one process makes, and one end for all."""
+"""Runs of several processes: the figures are those of one process, and all end together."""
 
 from __future__ import annotations
 
@@ -28,30 +28,21 @@ from reidreg import (
     Batch,
     Embeddings,
     Output,
-    Sample,
     fit,
     load_checkpoint,
     load_config,
 )
-from reidreg.cli.main import main
 from reidreg.data.labels import labels_of
 from reidreg.data.sampling import SharedSampler, build_sampler
-from reidreg.distributed.gradients import average_gradients, gather_output, mean_over_processes
 from reidreg.distributed.group import (
-    Agreement,
-    broadcast,
-    collect_rows,
     gather,
     joined,
-    main_first,
-    start_together,
     world,
 )
-from reidreg.distributed.same_run import check_same_run
 from reidreg.distributed.sync_batchnorm import SynchronisedBatchNorm, synchronise_batchnorm
-from reidreg.errors import ConfigError, DataError, DeviceError, RankError
+from reidreg.errors import ConfigError, DataError, RankError
 from reidreg.evaluation.evaluate import evaluate_checkpoint
-from reidreg.machine.world import World, world_from_env
+from reidreg.machine.world import World
 from reidreg.model.embedder import make_embedder
 from reidreg.model.model import build_model
 from reidreg.parts.interfaces import Sampler
@@ -61,207 +52,6 @@ from worlds import in_processes, started
 
 CPU = torch.device("cpu")
 Values = dict[str, Any]
-
-
-# --------------------------------------------------------------------- who takes part
-
-
-def test_without_a_launcher_a_process_is_a_world_of_its_own() -> None:
-    assert world_from_env({}) == World()
-    assert world_from_env({"WORLD_SIZE": "4"}) == World()
-    with joined(CPU, 1.0) as alone:
-        assert alone == World() and alone.is_main
-
-
-def test_the_launchers_variables_say_which_process_this_is() -> None:
-    variables = {
-        "RANK": "5",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "4",
-        "TORCHELASTIC_RESTART_COUNT": "2",
-        "MASTER_ADDR": "one",
-        "MASTER_PORT": "1",
-    }
-    place = world_from_env(variables)
-    assert place == World(rank=5, size=8, local_rank=1, local_size=4, restarts=2)
-    assert not place.is_main
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"RANK": "2"}, "RANK 2 of WORLD_SIZE 2"),
-        ({"RANK": "one"}, "RANK: 'one' is not a number"),
-        ({"LOCAL_RANK": "7"}, "LOCAL_RANK 7"),
-        ({"MASTER_ADDR": None}, "MASTER_ADDR and MASTER_PORT are not"),
-    ],
-)
-def test_variables_that_contradict_each_other_are_one_line(
-    changes: dict[str, str | None], words: str
-) -> None:
-    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
-    variables |= {key: value for key, value in changes.items() if value is not None}
-    for key in [key for key, value in changes.items() if value is None]:
-        del variables[key]
-    with pytest.raises(ConfigError, match=words) as caught:
-        world_from_env(variables)
-    assert "\n" not in str(caught.value) and "torchrun" in str(caught.value)
-
-
-def test_a_command_says_in_one_line_that_they_contradict(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RANK", "one")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["plugins"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("reidreg plugins: ") and "RANK: 'one' is not a number" in line
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-@pytest.mark.parametrize("count", [0, 1, 2, 6, 7, 100])
-def test_shares_are_everything_once_in_order_and_even(count: int, size: int) -> None:
-    rows = list(range(count))
-    shares = [rows[World(rank, size).share(count)] for rank in range(size)]
-    assert sum(shares, []) == rows
-    lengths = [len(share) for share in shares]
-    assert max(lengths) - min(lengths) <= 1 and lengths[0] == max(lengths)
-    assert shares == [rows[World(0, size).share(count, rank)] for rank in range(size)]
-
-
-def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from reidreg.machine.devices import choose_device
-
-    for key, value in {
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "x",
-        "MASTER_PORT": "1",
-    }.items():
-        monkeypatch.setenv(key, value)
-    assert choose_device("cpu") == CPU
-    with pytest.raises(DeviceError, match="cuda:0 is one device for 2 processes"):
-        choose_device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(DeviceError, match="--nproc-per-node 1"):
-        choose_device("auto")
-
-
-# --------------------------------------------------------------------- what they tell each other
-
-
-def tell() -> dict[str, Any]:
-    with joined(CPU, 20.0) as place:
-        agreement = Agreement()
-        with main_first():
-            passed = time.monotonic_ns()
-        return {
-            "world": (place, world()),
-            "broadcast": broadcast({"rank": place.rank}),
-            "gather": gather(place.rank),
-            # Raised by one process at the second question: known to all at the third.
-            "agreed": [agreement.highest(7 if n == 1 and place.rank == 1 else 0) for n in range(4)],
-            "at once": agreement.highest(7 + place.rank, at_once=True),
-            "mean": mean_over_processes({"a": torch.tensor(float(place.rank))})["a"].item(),
-            "together": list(start_together(iter("ab"))),
-            "passed": passed,
-        }
-
-
-def test_processes_tell_each_other_what_they_need_to_know() -> None:
-    told = in_processes(3, tell)
-    for rank, one in enumerate(told):
-        assert one["world"] == (World(rank, 3, rank, 3),) * 2
-        assert one["broadcast"] == {"rank": 0}
-        assert one["gather"] == [0, 1, 2]
-        assert one["agreed"] == [0, 0, 7, 7]
-        assert one["at once"] == 9
-        assert one["mean"] == pytest.approx(1.0)
-        assert one["together"] == ["a", "b"]
-    assert told[0]["passed"] < min(told[1]["passed"], told[2]["passed"])
-
-
-def test_a_process_alone_is_given_back_what_it_gave() -> None:
-    rows = torch.rand(3, 2)
-    output = Output(rows, rows)
-    assert broadcast("x") == "x" and gather("x") == ["x"]
-    assert collect_rows(rows, 3) is rows and gather_output(output) is output
-    assert Agreement().highest(5) == 5
-    parameter = nn.Parameter(torch.ones(2))
-    parameter.grad = torch.ones(2)
-    average_gradients([parameter])
-    assert torch.equal(parameter.grad, torch.ones(2))
-
-
-def stepped_once() -> tuple[Tensor, Tensor]:
-    """A filter in channels_last after a step with averaged gradients, and after one with the mean.
-
-    Each process has a gradient of its own.
-    """
-    with joined(CPU, 20.0) as place:
-        gradients = torch.randn(2, 4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-        moved = []
-        for gradient, averaged in ((gradients[place.rank], True), (gradients.mean(0), False)):
-            parameter = nn.Parameter(torch.zeros(4, 3, 3, 3).to(memory_format=torch.channels_last))
-            parameter.grad = gradient.contiguous(memory_format=torch.channels_last)
-            if averaged:
-                average_gradients([parameter])
-                assert parameter.grad.stride() == parameter.stride()
-            torch.optim.SGD([parameter], lr=1.0, fused=True).step()
-            moved.append(parameter.detach())
-        return moved[0], moved[1]
-
-
-def test_averaged_gradients_lie_in_memory_as_their_parameters_do() -> None:
-    for found, expected in in_processes(2, stepped_once):
-        assert torch.allclose(found, expected)
-
-
-def collect(count: int) -> Tensor:
-    everything = torch.arange(count * 3.0).view(count, 3)
-    with joined(CPU, 20.0) as place:
-        return collect_rows(everything[place.share(count)], count)
-
-
-@pytest.mark.parametrize("count", [1, 3, 8])
-def test_rows_come_together_in_order_and_none_is_padded(count: int) -> None:
-    first, *others = in_processes(3, collect, count)
-    everything = torch.arange(count * 3.0).view(count, 3)
-    assert torch.equal(first, everything)
-    shares = [everything[World(rank, 3).share(count)] for rank in (1, 2)]
-    assert all(map(torch.equal, others, shares))
-
-
-def compare(differences: dict[int, Values]) -> str | None:
-    with joined(CPU, 20.0) as place:
-        samples = [Sample(f"/data{place.rank}/{n}.jpg", n // 2, n % 2) for n in range(6)]
-        changes = differences.get(place.rank, {})
-        config = {"train": {"seed": changes.get("seed", 0)}}
-        try:
-            check_same_run(config, {"train": samples[: changes.get("images", 6)]})
-        except RankError as error:
-            return str(error)
-        return None
-
-
-@pytest.mark.parametrize(
-    ("differences", "words"),
-    [
-        ({}, None),
-        ({1: {"images": 5}}, "sees another train split than rank 0"),
-        ({1: {"seed": 3}}, "train.seed is 3, not 0"),
-    ],
-    ids=["same", "data", "configuration"],
-)
-def test_processes_that_would_do_different_things_are_told_apart(
-    differences: dict[int, Values], words: str | None
-) -> None:
-    for line in in_processes(2, compare, differences):
-        assert line is None if words is None else words in line and "rank 1" in line
 
 
 # --------------------------------------------------------------------- samplers
@@ -284,7 +74,7 @@ def batches(name: str, place: World, epoch: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", sorted(OPTIONS))
-def test_the_shares_of_all_processes_are_the_epoch_of_one(name: str, size: int) -> None:
+def test_the_batches_of_all_ranks_make_up_the_epoch_of_one_process(name: str, size: int) -> None:
     for epoch in (0, 3):
         whole = batches(name, World(), epoch)
         parts = [batches(name, World(rank, size), epoch) for rank in range(size)]
@@ -292,24 +82,24 @@ def test_the_shares_of_all_processes_are_the_epoch_of_one(name: str, size: int) 
         assert {len(share) for part in parts for share in part} == {16 // size}
 
 
-def test_every_registered_sampler_is_tried_here() -> None:
+def test_every_registered_sampler_is_tested_here() -> None:
     assert set(OPTIONS) == {name for name in SAMPLERS if SAMPLERS.plugin(name).name == "builtin"}
 
 
-def test_each_process_has_identities_of_its_own() -> None:
+def test_no_identity_of_a_batch_is_split_between_ranks() -> None:
     for rank in range(4):
         for share in batches("identity", World(rank, 4), 0):
             assert {PIDS[index] for index in share} and len({PIDS[i] for i in share}) == 2
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))
-def test_a_batch_that_cannot_be_shared_evenly_is_one_line(name: str) -> None:
+def test_a_batch_size_that_cannot_be_shared_evenly_is_an_error_of_one_line(name: str) -> None:
     with pytest.raises(ConfigError, match=r"sampler\.batch_size: 16 .* 3 processes; use 15 or 18"):
         build_sampler(name, OPTIONS[name], World(0, 3), **FACTS)
 
 
 class _Odd(Sampler):
-    """Batches that grow: one that knows of no other process, and is not even."""
+    """Batches of two sizes, the second odd."""
 
     def __iter__(self) -> Any:
         yield from ([0, 1], [2, 3, 4])
@@ -318,13 +108,13 @@ class _Odd(Sampler):
         return 2
 
 
-def test_a_batch_that_turns_out_uneven_is_one_line() -> None:
+def test_a_batch_of_uneven_size_is_an_error_of_one_line() -> None:
     shares = SharedSampler(_Odd(), World(1, 2))
     with pytest.raises(DataError, match="a batch of 3 images cannot be shared evenly"):
         list(shares)
 
 
-def test_a_cut_sampler_resumes_as_the_whole_one_does() -> None:
+def test_a_shared_sampler_resumes_as_the_sampler_itself_does() -> None:
     one = SharedSampler(_Odd(), World(1, 2))
     one.set_epoch(5)
     other = SharedSampler(_Odd(), World(1, 2))
@@ -526,7 +316,7 @@ def embedded(values: Values, count: int) -> Embeddings:
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(1, marks=pytest.mark.slow)])
-def test_extraction_is_shared_and_comes_out_in_order(small: Values, count: int) -> None:
+def test_extraction_is_shared_and_its_rows_are_in_order(small: Values, count: int) -> None:
     whole = embedded(small, count)
     first, second, third = in_processes(3, embedded, small, count)
     torch.testing.assert_close(first.features, whole.features, rtol=1e-4, atol=1e-5)
@@ -547,7 +337,7 @@ def cached(values: Values, folder: Path) -> tuple[Values, int]:
 def test_evaluation_is_shared_and_its_cache_too(small: Values, tmp_path: Path) -> None:
     config = load_config("aihub_kaist", small)
     figures = fit(config)
-    for rows in ((21, 10), (21, 0)):  # extracted, then taken from the first process's files
+    for rows in ((21, 10), (21, 0)):  # extracted, then read from rank 0's cache
         results = in_processes(2, cached, small, tmp_path / "cache")
         assert [found for found, _ in results] == [figures, figures]
         assert tuple(count for _, count in results) == rows
@@ -649,7 +439,7 @@ def hanging(values: Values) -> str:
     return "ended well"
 
 
-def test_a_process_that_hangs_is_left_behind_and_ended(small: Values) -> None:
+def test_a_rank_that_hangs_in_a_step_is_reported_and_ended(small: Values) -> None:
     values = {**small, "train.rank_timeout": 2.0}
     with started(2, hanging, values) as ((first, told), (second, _)):
         assert told.poll(40)
@@ -657,14 +447,14 @@ def test_a_process_that_hangs_is_left_behind_and_ended(small: Values) -> None:
         assert trace is None and "has not answered within train.rank_timeout" in line
         first.join(10)
         second.join(10)
-        # Asleep in the middle of a step, it was ended by its own watch.
+        # Asleep in the middle of a step, it was ended by its own watching thread.
         assert (first.exitcode, second.exitcode) == (0, 1)
 
 
 def launch(
     size: int, values: Values, *options: str, resume: str | None = None
 ) -> subprocess.Popen[str]:
-    """torchrun, with a run of `size` processes on this machine."""
+    """Start a run of `size` processes with torchrun."""
     command = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", *options]
     run = ["-m", "reidreg", "fit", "--config", "aihub_kaist", *as_flags(values)]
     run += ["--resume", resume] if resume else []
@@ -677,7 +467,7 @@ def launch(
 
 
 def processes_of(values: Values) -> dict[str, int]:
-    """The process ids of a run, torchrun itself left out, by rank."""
+    """The process ids of a run by rank, without torchrun itself."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -703,7 +493,7 @@ def our_lines(errors: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_under_torchrun_one_process_speaks_and_writes(small: Values, tmp_path: Path) -> None:
+def test_under_torchrun_one_rank_prints_and_writes(small: Values, tmp_path: Path) -> None:
     process = launch(2, small)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -715,7 +505,7 @@ def test_under_torchrun_one_process_speaks_and_writes(small: Values, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_ends_all_and_its_error_is_said_once(
+def test_a_rank_that_fails_ends_all_and_its_error_is_printed_once(
     small: Values, tmp_path: Path
 ) -> None:
     root = tmp_path / "copy"
@@ -734,7 +524,7 @@ def test_a_process_that_fails_ends_all_and_its_error_is_said_once(
 
 
 def errors_after(number: signal.Signals, values: Values) -> str:
-    """What a run of two says once its second process got a signal; all end within a minute."""
+    """What a run of two prints after rank 1 got a signal; all ranks end within a minute."""
     process = launch(2, values)
     wait_for(process, f"epoch 1/{values['train.epochs']} step 2/")
     os.kill(processes_of(values)["1"], number)
@@ -746,13 +536,13 @@ def errors_after(number: signal.Signals, values: Values) -> str:
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_all(small: Values) -> None:
+def test_a_rank_that_is_killed_ends_all(small: Values) -> None:
     errors = errors_after(signal.SIGKILL, {**small, "train.epochs": 50})
     assert "Signal 9 (SIGKILL)" in errors[errors.index("Root Cause") :]
 
 
 @pytest.mark.slow
-def test_a_process_that_is_stopped_in_a_step_ends_all_within_a_minute(small: Values) -> None:
+def test_a_rank_that_is_stopped_in_a_step_ends_all_within_a_minute(small: Values) -> None:
     values = {**small, "train.epochs": 10_000, "train.workers": 1}
     errors = errors_after(signal.SIGSTOP, values)
     (line,) = [line for line in errors.splitlines() if line.startswith(("reidreg:", "reidreg fit"))]
@@ -766,13 +556,13 @@ from reidreg.distributed.group import joined, wait
 with joined(torch.device("cpu"), 45.0) as place:
     if place.rank == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGSTOP)
-    wait()  # for up to twelve hours, as for an evaluation or a cache
+    wait()  # for up to twelve hours, as during an evaluation
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_process_that_is_stopped_outside_of_a_step_does_too(tmp_path: Path, rank: int) -> None:
+def test_a_rank_that_is_stopped_outside_of_a_step_ends_all_too(tmp_path: Path, rank: int) -> None:
     script = tmp_path / "stopped.py"
     script.write_text(STOPPED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3"]
@@ -788,11 +578,11 @@ def test_a_process_that_is_stopped_outside_of_a_step_does_too(tmp_path: Path, ra
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_to_torchrun_saves_and_the_run_goes_on_to_the_same_bits(
+def test_after_a_signal_to_torchrun_the_run_resumes_to_the_same_bits(
     small: Values, tmp_path: Path, number: signal.Signals
 ) -> None:
     values = {**small, "train.epochs": 3, "train.log_every": 1, "train.workers": 1}
-    alone = {**values, "train.workers": 0, "train.cache": "none"}  # which change no bit
+    alone = {**values, "train.workers": 0, "train.cache": "none"}  # neither changes a bit
     in_processes(2, trained, {**alone, "output_dir": str(tmp_path / "whole")})
     process = launch(2, values)
     wait_for(process, "epoch 2/3 step 1/")
@@ -810,12 +600,12 @@ def test_a_signal_to_torchrun_saves_and_the_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_processes_that_torchrun_starts_again_go_on_from_the_last_checkpoint(
+def test_ranks_that_torchrun_restarts_resume_from_the_last_checkpoint(
     small: Values, tmp_path: Path
 ) -> None:
     values = {**small, "train.epochs": 3, "train.log_every": 1}
     in_processes(2, trained, {**values, "output_dir": str(tmp_path / "whole")})
-    # An earlier run in the same folder is none of this one's.
+    # An earlier run in the same folder must not be resumed.
     trained({**values, "train.epochs": 1})
     process = launch(2, values, "--max-restarts=1")
     wait_for(process, "epoch 2/3 step 2/")
@@ -844,7 +634,7 @@ def test_gpus_train_evaluate_and_resume(small: Values, tmp_path: Path, together:
 
 
 @pytest.mark.slow
-def test_a_wrong_option_is_said_by_one_process(small: Values) -> None:
+def test_a_wrong_option_is_reported_by_one_rank(small: Values) -> None:
     process = launch(2, {**small, "sampler.batch_size": 6, "sampler.instances": 2})
     _, errors = process.communicate(timeout=60)
     (line,) = our_lines(errors)

@@ -1,4 +1,4 @@
-"""Who holds a device's memory, and the line about it."""
+"""The processes that hold GPU memory, and the out-of-memory message."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reidreg.machine.memory import GIB
 
 @pytest.fixture
 def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for nvidia-smi on the PATH, whose text a test writes."""
+    """A fake nvidia-smi on the PATH, whose script a test writes."""
     script = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     return script
@@ -51,20 +51,20 @@ def test_nvidia_smi_is_asked_for_one_device_by_its_uuid(nvidia_smi: Path, tmp_pa
 
 
 @pytest.mark.parametrize("text", ["exit 9", "echo nonsense", "printf '\\377\\376, x'", ":"])
-def test_a_broken_nvidia_smi_is_no_failure(nvidia_smi: Path, text: str) -> None:
+def test_a_broken_nvidia_smi_raises_nothing(nvidia_smi: Path, text: str) -> None:
     answering(nvidia_smi, text)
     assert compute_apps("GPU-123") == []
 
 
-def test_a_missing_nvidia_smi_is_no_failure(
+def test_a_missing_nvidia_smi_raises_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert compute_apps("GPU-123") == []
 
 
-def test_lines_of_other_forms_are_passed_over() -> None:
-    gone = 2**22 + 1  # above what Linux gives a process
+def test_lines_of_another_form_are_skipped() -> None:
+    gone = 2**22 + 1  # above Linux's largest process id
     text = f"pid, used\n{gone}, [N/A]\n\nNo running processes found\n{gone},12\n-3, 4\n{gone}"
     held = parse_compute_apps(text)
     assert held == [Holder(gone, "", size) for size in (None, 12 * 2**20, None)]
@@ -72,7 +72,7 @@ def test_lines_of_other_forms_are_passed_over() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="this system has no /proc")
-def test_a_command_is_shown_by_its_first_words_without_folders_or_what_follows() -> None:
+def test_a_command_is_shortened_to_its_first_words_without_folders() -> None:
     code = "import time; print(flush=True); time.sleep(60)"
     arguments = [sys.executable, "-c", code, "--key", "secret"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE)
@@ -87,7 +87,7 @@ def test_a_command_is_shown_by_its_first_words_without_folders_or_what_follows()
     assert "secret" not in shown and len(shown) < 100
 
 
-def test_the_line_names_need_free_and_holders() -> None:
+def test_the_message_names_need_free_memory_and_holders() -> None:
     held = [Holder(4711, "reidreg fit ...", int(9.1 * GIB)), Holder(12, "", None)]
     line = format_shortage("cuda:0", "a step needs 17.2 GiB", int(1.6 * GIB), int(14.6 * GIB), held)
     assert line == (
@@ -97,13 +97,13 @@ def test_the_line_names_need_free_and_holders() -> None:
     )
 
 
-def test_the_line_stays_short_beside_many_processes() -> None:
+def test_the_message_stays_short_with_many_processes() -> None:
     held = [Holder(pid, "python ...", GIB) for pid in range(1, 40)]
     line = format_shortage("cuda:0", "a step needs 2.0 GiB", 0, GIB, held)
     assert "36 more processes hold memory" in line and len(line) < 400
 
 
-def test_the_peak_of_a_process_grows_with_what_it_holds() -> None:
+def test_the_peak_of_a_process_grows_with_its_tensors() -> None:
     device = torch.device("cpu")
     before = peak_memory(device)
     ballast = torch.ones(2**26)  # 256 MiB

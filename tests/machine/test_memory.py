@@ -1,4 +1,4 @@
-"""How much memory there is: what the machine and each control group leave."""
+"""Available memory: what the machine and each cgroup leave."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def group(folder: Path, limit: str, used: int, files: int = 0) -> None:
     write(folder / "memory.stat", f"anon 1\ninactive_file {files}\n")
 
 
-def test_without_limits_it_is_what_the_machine_has(machine: Path) -> None:
+def test_without_limits_the_machines_memory_is_available(machine: Path) -> None:
     assert available_memory(machine) == 8 * GIB
     group(machine / "sys/fs/cgroup/job/step", "max", GIB)
     assert available_memory(machine) == 8 * GIB
@@ -39,19 +39,19 @@ def test_without_limits_it_is_what_the_machine_has(machine: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["", "job", "job/step"])
-def test_the_limit_of_any_group_above_holds(place: str, machine: Path) -> None:
+def test_the_limit_of_every_parent_cgroup_holds(place: str, machine: Path) -> None:
     for folder in ("", "job", "job/step"):
         limit = str(4 * GIB) if folder == place else "max"
         group(machine / "sys/fs/cgroup" / folder, limit, 3 * GIB, files=GIB)
     assert available_memory(machine) == 2 * GIB
 
 
-def test_a_group_that_is_over_its_limit_leaves_nothing(machine: Path) -> None:
+def test_a_cgroup_over_its_limit_leaves_nothing(machine: Path) -> None:
     group(machine / "sys/fs/cgroup/job", str(GIB), 2 * GIB)
     assert available_memory(machine) == 0
 
 
-def test_limits_of_the_first_version_hold_too(machine: Path) -> None:
+def test_limits_of_cgroups_v1_hold_too(machine: Path) -> None:
     write(machine / "proc/self/cgroup", "5:cpu:/a\n4:memory:/docker/abc\n0::/\n")
     top = machine / "sys/fs/cgroup/memory"
     for folder, limit in ((top, 2**63 - 4096), (top / "docker/abc", 3 * GIB)):
@@ -61,11 +61,11 @@ def test_limits_of_the_first_version_hold_too(machine: Path) -> None:
     assert available_memory(machine) == 2 * GIB
 
 
-def test_a_system_that_does_not_say_is_asked_for_all_of_its_memory(tmp_path: Path) -> None:
+def test_without_proc_it_is_estimated_or_unknown(tmp_path: Path) -> None:
     guess = available_memory(tmp_path)
     assert guess is None or guess > 2**26
 
 
-def test_this_machine_has_some() -> None:
+def test_this_machine_has_memory_available() -> None:
     found = available_memory()
     assert found is None or found > 2**26
