@@ -230,7 +230,8 @@ overridden: add --ckpt FILE to this --help to see them."""
 
 def evaluate_command(arguments: list[str]) -> int:
     """`reidreg evaluate`."""
-    from reidreg.config.parsing import options_given, parse, resolve
+    from reidreg.config.layers import options_given
+    from reidreg.config.parsing import parse, resolve
 
     configs, flags = take_configs(arguments)
     commands: dict[str, dict[str, Any]] = {

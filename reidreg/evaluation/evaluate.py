@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reidreg.config.parsing import Layer
+from reidreg.config.layers import Layer
 from reidreg.config.sections import Config
 from reidreg.distributed.group import broadcast, world
 from reidreg.errors import DataError

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from reidreg.config.parsing import Layer, load_config
+from reidreg.config.layers import Layer
+from reidreg.config.parsing import load_config
 from reidreg.config.sections import Config
 from reidreg.data.images import folder_samples
 from reidreg.errors import ConfigError, DataError

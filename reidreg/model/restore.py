@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from reidreg.config.parsing import Layer, load_config
+from reidreg.config.layers import Layer
+from reidreg.config.parsing import load_config
 from reidreg.config.sections import Config
 from reidreg.errors import CheckpointError
 from reidreg.model.checkpoint import Checkpoint, load_checkpoint

@@ -24,7 +24,7 @@ from reidreg import load_checkpoint, load_config
 from reidreg.cli.arguments import take_configs
 from reidreg.cli.main import main
 from reidreg.cli.sweeps import Trial, flags_of_agent
-from reidreg.config.parsing import find_config, shipped_configs
+from reidreg.config.layers import find_config, shipped_configs
 from reidreg.config.sections import Config, advice
 from reidreg.errors import ConfigError
 

@@ -20,7 +20,8 @@ import yaml
 from conftest import Command, as_flags
 from reidreg import EVALUATORS, LOSSES, SAMPLERS, Loss, ReidregError, load_config
 from reidreg.cli.main import main
-from reidreg.config.parsing import find_config, parse, resolve, shipped_configs
+from reidreg.config.layers import find_config, shipped_configs
+from reidreg.config.parsing import parse, resolve
 from reidreg.config.schedules import SCHEDULES
 from reidreg.config.sections import FIXED_SECTIONS, Config
 from reidreg.config.yamlfile import read_yaml

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from reidreg import load_config
+from reidreg.config.layers import find_config, shipped_configs
 from reidreg.config.optimizers import optimizer_class
-from reidreg.config.parsing import find_config, shipped_configs
 from reidreg.config.schedules import SCHEDULES
 from reidreg.config.sections import PART_SECTIONS, advice, config_from_dict
 from reidreg.config.yamlfile import dump_yaml, parse_yaml

@@ -21,7 +21,7 @@ from PIL import Image
 
 from conftest import Command
 from reidreg import EVALUATORS, Embeddings, Evaluator, load_plugins
-from reidreg.config.parsing import options_given
+from reidreg.config.layers import options_given
 from reidreg.errors import DataError
 from reidreg.evaluation.evaluate import Evaluation
 from reidreg.parts.schema import options_of
