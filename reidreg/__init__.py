@@ -31,7 +31,7 @@ _HOMES = {
     "Loss": "parts.interfaces",
     "MatchPositions": "retrieval.ranking",
     "Output": "values",
-    "ProgressBar": "logs.console",
+    "ProgressBar": "logs.progress",
     "Registry": "parts.registry",
     "ReidregError": "errors",
     "SAMPLERS": "parts.interfaces",
@@ -128,7 +128,7 @@ if TYPE_CHECKING:
     from reidreg.evaluation.evaluate import evaluate, evaluate_checkpoint, evaluate_features
     from reidreg.evaluation.extract import extract
     from reidreg.index.gallery import GalleryIndex
-    from reidreg.logs.console import ProgressBar
+    from reidreg.logs.progress import ProgressBar
     from reidreg.model.checkpoint import Checkpoint, load_checkpoint
     from reidreg.model.extractor import FeatureExtractor
     from reidreg.model.feature_files import load_features, save_features

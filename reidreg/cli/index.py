@@ -87,7 +87,8 @@ def _build(arguments: list[str]) -> int:
     from reidreg.index.files import holds_index
     from reidreg.index.gallery import GalleryIndex
     from reidreg.index.source import Source
-    from reidreg.logs.console import ProgressBar, log_to_console
+    from reidreg.logs.console import log_to_console
+    from reidreg.logs.progress import ProgressBar
 
     if holds_index(Path(own.output)):
         raise ConfigError(
@@ -127,7 +128,8 @@ def _add(arguments: list[str]) -> int:
     _refuse_overrides(own, overrides)
     from reidreg.index.gallery import GalleryIndex, add_to_index
     from reidreg.index.source import Source
-    from reidreg.logs.console import ProgressBar, log_to_console
+    from reidreg.logs.console import log_to_console
+    from reidreg.logs.progress import ProgressBar
 
     log_to_console()
     source: Source | None = None

@@ -490,7 +490,7 @@ def synthesize_command(arguments: list[str]) -> int:
         help="as many identities, cameras and images as AIHub KAIST itself: 73,540 images",
     )
     own = parser.parse(arguments)
-    from reidreg.logs.console import ProgressBar
+    from reidreg.logs.progress import ProgressBar
     from reidreg.synthesis.dataset import synthesize
 
     with ProgressBar("drawing") as bar:

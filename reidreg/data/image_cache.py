@@ -39,7 +39,8 @@ from reidreg.config.sections import CacheSetting
 from reidreg.data.images import load_images
 from reidreg.errors import ConfigError, DataError
 from reidreg.files import PRIVATE, replacing
-from reidreg.logs.console import ProgressBar, logger
+from reidreg.logs.console import logger
+from reidreg.logs.progress import ProgressBar
 from reidreg.machine.cores import count_cores
 from reidreg.machine.memory import GIB, available_memory, size_in_text
 

@@ -17,7 +17,7 @@ from reidreg.data.image_cache import ImageCache, open_image_cache
 from reidreg.data.labels import Labels
 from reidreg.data.transforms import Augmentation
 from reidreg.data.workers import BatchImages, build_loader, load_batches
-from reidreg.logs.step_phases import UNHEARD, Phases
+from reidreg.logs.step_phases import NO_LISTENER, StepListener
 from reidreg.parts.interfaces import Sampler
 from reidreg.values import Batch, Sample
 
@@ -96,7 +96,9 @@ class TrainLoader:
         """The labels (B,) of training images."""
         return self._pids[list(indices)]
 
-    def epoch(self, epoch: int, start: int = 0, phases: Phases = UNHEARD) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int, start: int = 0, phases: StepListener = NO_LISTENER
+    ) -> Iterator[Batch]:
         """The batches of an epoch.
 
         Args:
@@ -113,7 +115,7 @@ class TrainLoader:
         self._index_batches.sampler.set_epoch(epoch)
         self._index_batches.start = start
         if self._device.type == "cuda":
-            return _prefetch(self._batches(epoch, start, UNHEARD), self._stream, self._device)
+            return _prefetch(self._batches(epoch, start, NO_LISTENER), self._stream, self._device)
         return self._batches(epoch, start, phases)
 
     @functools.cached_property
@@ -126,7 +128,7 @@ class TrainLoader:
         stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         return stream
 
-    def _batches(self, epoch: int, start: int, phases: Phases) -> Iterator[Batch]:
+    def _batches(self, epoch: int, start: int, phases: StepListener) -> Iterator[Batch]:
         loaded = zip(self._pixels(), self._index_batches, strict=True)
         for position, (images, indices) in enumerate(loaded, start=start):
             phases.begin("host to device")

@@ -1,24 +1,24 @@
-"""The phases of a step, for whoever listens; see `reidreg.training.profiling`."""
+"""Callbacks for the phases of a training step; `reidreg.training.profiling` implements them."""
 
 from __future__ import annotations
 
-DATA = "data"  # the wait for a batch, with which each step begins
+DATA = "data"  # waiting for a batch: the first phase of each step
 
 
-class Phases:
-    """Is told of each phase of a step as it begins; this one does nothing with it."""
+class StepListener:
+    """Is called at each phase of a training step; this base class does nothing."""
 
     def begin(self, phase: str) -> None:
-        """End the phase under way, and begin this one."""
+        """End the current phase, and begin this one."""
 
     def end_step(self) -> None:
         """End the step, and begin to wait for data."""
 
     def end_epoch(self) -> None:
-        """Begin nothing: what is between two epochs is no part of a step."""
+        """End the current phase without beginning another: epochs have pauses between them."""
 
     def close(self) -> None:
         """End the training."""
 
 
-UNHEARD = Phases()
+NO_LISTENER = StepListener()

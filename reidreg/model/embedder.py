@@ -16,7 +16,7 @@ from reidreg.data.transforms import Normalisation
 from reidreg.data.workers import count_workers, loading_processes
 from reidreg.distributed.group import collect_rows, world
 from reidreg.errors import DataError
-from reidreg.logs.console import ProgressBar
+from reidreg.logs.progress import ProgressBar
 from reidreg.machine.devices import autocast, choose_device, choose_precision, on_device
 from reidreg.model.model import Model
 from reidreg.values import Embeddings, Sample

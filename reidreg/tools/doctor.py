@@ -88,7 +88,7 @@ def _memory() -> list[str]:
 
 
 def _wandb() -> list[str]:
-    from reidreg.logs.console import wandb_obstacle
+    from reidreg.logs.wandb import wandb_obstacle
 
     obstacle = wandb_obstacle()
     return [f"W&B           {obstacle or 'logged in'}"]

@@ -19,7 +19,7 @@ from reidreg.distributed.gradients import (
 )
 from reidreg.distributed.group import world
 from reidreg.distributed.shared_rng import SharedDraws
-from reidreg.logs.step_phases import UNHEARD, Phases
+from reidreg.logs.step_phases import NO_LISTENER, StepListener
 from reidreg.machine.devices import autocast
 from reidreg.model.model import Model
 from reidreg.training.objective import Objective
@@ -60,7 +60,7 @@ class Network:
         self._parallel: DistributedDataParallel | None = None
         self._trained: list[nn.Parameter] = []
 
-    def hear(self, phases: Phases) -> None:
+    def hear(self, phases: StepListener) -> None:
         """Have the phases of a step told to somebody."""
         self._losses.phases = phases
 
@@ -132,7 +132,7 @@ class ModelWithLosses(nn.Module):
         self.objective = objective
         self.dtype = dtype
         self.gathered = gathered
-        self.phases = UNHEARD
+        self.phases = NO_LISTENER
 
     def forward(self, images: Tensor, pids: Tensor, camids: Tensor) -> Losses:
         self.phases.begin("forward")

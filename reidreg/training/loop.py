@@ -30,8 +30,11 @@ from reidreg.errors import ConfigError, DataError, DeviceError, InterruptedRun
 from reidreg.evaluation.evaluate import evaluate_dataset, write_metrics
 from reidreg.evaluation.figures import log_figures
 from reidreg.evaluation.table import describe_evaluation
-from reidreg.logs.console import MetricsLog, ProgressBar, log_to_nobody, logger, start_wandb
-from reidreg.logs.step_phases import DATA, UNHEARD, Phases
+from reidreg.logs.console import log_silenced, logger
+from reidreg.logs.metrics import MetricsLog
+from reidreg.logs.progress import ProgressBar
+from reidreg.logs.step_phases import DATA, NO_LISTENER, StepListener
+from reidreg.logs.wandb import start_wandb
 from reidreg.machine.devices import choose_device
 from reidreg.machine.gpu_memory import describe_shortage
 from reidreg.machine.world import world_from_env
@@ -77,7 +80,7 @@ def fit(config: Config, resume: str | None = None, profile: int = 0) -> dict[str
     with (
         StopSignals() as signals,
         joined(device, config.train.rank_timeout) as processes,
-        folder.held() if processes.is_main else log_to_nobody(),
+        folder.held() if processes.is_main else log_silenced(),
     ):
         # A run that is not resumed has saved nothing: what is there is an earlier one's.
         with signals.immediate(folder.saved() if resume is not None else None):
@@ -88,7 +91,7 @@ def fit(config: Config, resume: str | None = None, profile: int = 0) -> dict[str
             run.loader.prepare()
         announce(run)
         metrics = open_metrics(run, folder)
-        phases = UNHEARD
+        phases = NO_LISTENER
         if profile:
             first = processes.is_main
             phases = Profile(profile, folder.profile, device) if first else Bystander(profile)
@@ -170,7 +173,7 @@ def open_metrics(run: Run, folder: RunFolder) -> MetricsLog:
 
 
 def train(
-    run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals, phases: Phases
+    run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals, phases: StepListener
 ) -> None:
     """Train the epochs that are left."""
     run.network.hear(phases)
@@ -204,7 +207,7 @@ def train(
 
 
 def train_epoch(
-    run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals, phases: Phases
+    run: Run, folder: RunFolder, metrics: MetricsLog, signals: StopSignals, phases: StepListener
 ) -> None:
     """Train the rest of the epoch under way."""
     config, progress, meter = run.config.train, run.progress, run.meter
@@ -242,7 +245,7 @@ def train_epoch(
     stop_if_asked(run, folder, signals, at_once=True)
 
 
-def train_step(run: Run, batch: Batch, phases: Phases = UNHEARD) -> None:
+def train_step(run: Run, batch: Batch, phases: StepListener = NO_LISTENER) -> None:
     """Make a step with a batch, which is on the device.
 
     Nothing here waits for the device, but a scaler whose optimizer has no fused kernel, and some of

@@ -20,13 +20,13 @@ from torch.profiler import ProfilerActivity
 
 from reidreg.distributed.group import wait
 from reidreg.logs.console import logger
-from reidreg.logs.step_phases import DATA, Phases
+from reidreg.logs.step_phases import DATA, StepListener
 
 WARM_UP = 5  # steps until kernels are chosen, caches filled and loading processes under way
 _OPERATORS = 25  # rows of operators.txt
 
 
-class Profile(Phases):
+class Profile(StepListener):
     """Times N steps, records N more, and says and writes what it found.
 
     Args:
@@ -109,7 +109,7 @@ class Profile(Phases):
         logger.info("profile: %s, for ui.perfetto.dev, and %s", trace, operators)
 
 
-class Bystander(Phases):
+class Bystander(StepListener):
     """Waits while the first process writes its profile, which takes longer than a step may.
 
     Args:

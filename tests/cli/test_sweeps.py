@@ -199,7 +199,7 @@ INIT = """
 import json, sys
 from pathlib import Path
 from reidreg import load_config
-from reidreg.logs.console import start_wandb
+from reidreg.logs.wandb import start_wandb
 config = load_config("aihub_kaist", flags=sys.argv[2:])
 run = start_wandb(config, Path(sys.argv[1]))
 print(json.dumps({"id": run.id, "sweep": run.sweep_id, "config": dict(run.config)}))

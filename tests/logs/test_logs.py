@@ -16,7 +16,9 @@ import pytest
 
 from conftest import as_flags
 from reidreg import fit, load_config
-from reidreg.logs.console import MetricsLog, log_to_file, logger, wandb_obstacle
+from reidreg.logs.console import log_to_file, logger
+from reidreg.logs.metrics import MetricsLog
+from reidreg.logs.wandb import wandb_obstacle
 
 
 class RecordedRun:

@@ -14,7 +14,7 @@ from conftest import small_run
 from reidreg import fit, load_checkpoint, load_config
 from reidreg.errors import ConfigError
 from reidreg.training.meter import Meter
-from reidreg.training.profiling import WARM_UP, Phases, Profile, Stopwatch, profile_table
+from reidreg.training.profiling import WARM_UP, Profile, StepListener, Stopwatch, profile_table
 from worlds import in_processes
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_of_several_processes_the_first_is_profiled_and_the_others_wait(
     assert (tmp_path / "run/train.log").read_text().count("profile of 1 steps") == 1
 
 
-def steps(phases: Phases, count: int) -> None:
+def steps(phases: StepListener, count: int) -> None:
     """Steps of two phases, 2 ms of data and 6 ms of the rest."""
     phases.begin("data")
     for _ in range(count):
@@ -127,7 +127,7 @@ def test_shares_add_up_to_the_whole() -> None:
 
 
 def test_what_listens_to_nothing_costs_nothing() -> None:
-    phases = Phases()
+    phases = StepListener()
     start = time.process_time()
     for _ in range(10_000):
         phases.begin("forward")
