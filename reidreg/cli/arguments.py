@@ -1,4 +1,4 @@
-"""Arguments of a command line, with errors of one line."""
+"""Parsing of command lines, with errors of one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
-        """The options' values; one that there is not is a ConfigError."""
+        """The options' values; an unknown option is a ConfigError."""
         known, unknown = self.parse_known_args(arguments)
         if unknown:
             raise self._unknown(unknown[0])
@@ -38,6 +38,21 @@ class Parser(argparse.ArgumentParser):
         word = argument.partition("=")[0]
         hint = did_you_mean(word.removeprefix("--"), options)
         return ConfigError(f"no such option: {word}{hint.replace(chr(39), '')}")
+
+
+_OVERRIDES = (
+    "The options of the checkpoint's configuration are accepted too, such as --train.device cpu."
+)
+
+
+def described_parser(prog: str, description: str, epilog: str = _OVERRIDES) -> Parser:
+    """A parser whose help shows the description as it is written."""
+    return Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def take_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -63,7 +78,7 @@ def take_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def value_of(option: str, arguments: list[str]) -> str | None:
-    """The value of an option that has to be known before the others can be parsed."""
+    """The value of an option that must be known before the others can be parsed."""
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == option:

@@ -1,8 +1,8 @@
-"""A run as a trial of a Weights & Biases sweep: what `wandb agent` says, and what it understands.
+"""A run as a trial of a Weights & Biases sweep.
 
-The agent starts `reidreg fit` with a flag for each parameter of the trial, and stops it with
-SIGTERM. It says who the trial is in two environment variables, which are the whole of its
-interface here: nothing is imported from wandb.
+`wandb agent` starts `reidreg fit` with a flag for each parameter of the trial, and stops it with
+SIGTERM. Two environment variables give the ids of the sweep and the run; nothing is imported from
+wandb.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reidreg.errors import InterruptedRun
 
 
 @dataclass(frozen=True)
-class Trial:
+class SweepTrial:
     """One run of a sweep.
 
     Args:
@@ -33,25 +33,25 @@ class Trial:
     run: str
 
     @classmethod
-    def under_way(cls, environment: Mapping[str, str] = os.environ) -> Trial | None:
-        """The trial that an agent started this process as, or None."""
+    def under_way(cls, environment: Mapping[str, str] = os.environ) -> SweepTrial | None:
+        """The trial that this process is, or None if no agent started it."""
         sweep, run = environment.get("WANDB_SWEEP_ID"), environment.get("WANDB_RUN_ID")
         return cls(sweep.rpartition("/")[2], run) if sweep and run else None
 
     def in_its_own_folder(self, config: Config) -> Config:
-        """A configuration with the trial's ids behind `output_dir`, so that no two trials meet."""
+        """The configuration with the trial's ids appended to `output_dir`: each has its folder."""
         folder = Path(config.output_dir) / self.sweep / self.run
         return replace(config, output_dir=str(folder))
 
     def unseen(self, config: Config) -> str | None:
-        """A line for a configuration whose figures the sweep does not get, else None."""
+        """A warning if the sweep will not get the run's figures, else None."""
         if config.wandb.mode == "online":
             return None
         return f"wandb.mode is {config.wandb.mode}: the sweep sees no figures of this trial"
 
 
 def flags_of_agent(flags: Sequence[str]) -> list[str]:
-    """An agent's flags with null for None: it writes values as Python shows them."""
+    """An agent's flags with null for None: the agent writes values as Python prints them."""
     return [f"{flag[:-4]}null" if _is_none(flag) else flag for flag in flags]
 
 
@@ -61,14 +61,14 @@ def _is_none(flag: str) -> bool:
 
 @contextlib.contextmanager
 def ended_by_its_signal() -> Iterator[None]:
-    """Let a run that a signal stopped end the process by that signal, when all else is done.
+    """If a signal stopped the run, end the process by that signal at exit.
 
-    To an agent every exit code above 0 is a failure, and it gives up on a sweep whose first
-    trials all fail. A stopped trial is none, and early termination stops many; of a process that
-    a signal has ended the code is below 0. A shell sees 128 more than the signal either way.
+    The agent counts every exit code above 0 as a failure, and gives up on a sweep whose first
+    trials all fail. A stopped trial is not a failure, and early termination stops many. The code
+    of a process that a signal has ended is below 0. A shell sees 128 plus the signal either way.
     """
     received: list[int] = []
-    # What is registered first is called last: this is before torch and wandb have come.
+    # What is registered first is called last; torch and wandb are not imported yet.
     atexit.register(_end_by, received)
     try:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from reidreg.config.parsing import Layer
+from reidreg.config.layers import Layer
 from reidreg.config.sections import Config
 from reidreg.data.images import folder_samples
 from reidreg.errors import ConfigError

@@ -23,7 +23,7 @@ from wandb.wandb_agent import Agent
 from reidreg import load_checkpoint, load_config
 from reidreg.cli.arguments import take_configs
 from reidreg.cli.main import main
-from reidreg.cli.sweeps import Trial, flags_of_agent
+from reidreg.cli.sweeps import SweepTrial, flags_of_agent
 from reidreg.config.layers import find_config, shipped_configs
 from reidreg.config.sections import Config, advice
 from reidreg.errors import ConfigError
@@ -164,13 +164,13 @@ def test_only_a_flag_of_none_becomes_null() -> None:
 
 def test_a_trial_is_who_the_agent_says() -> None:
     ids = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "run1"}
-    assert Trial.under_way(ids) == Trial("sweep1", "run1")
-    assert Trial.under_way({**ids, "WANDB_SWEEP_ID": "team/project/sweep1"}) == Trial(
+    assert SweepTrial.under_way(ids) == SweepTrial("sweep1", "run1")
+    assert SweepTrial.under_way({**ids, "WANDB_SWEEP_ID": "team/project/sweep1"}) == SweepTrial(
         "sweep1", "run1"
     )
     for key in ids:
-        assert Trial.under_way({key: ids[key]}) is None
-        assert Trial.under_way({**ids, key: ""}) is None
+        assert SweepTrial.under_way({key: ids[key]}) is None
+        assert SweepTrial.under_way({**ids, key: ""}) is None
 
 
 def test_each_trial_has_a_folder_of_its_own(
@@ -189,7 +189,7 @@ def test_each_trial_has_a_folder_of_its_own(
 
 
 def test_figures_that_the_sweep_does_not_see_are_said() -> None:
-    trial = Trial("s", "r")
+    trial = SweepTrial("s", "r")
     assert trial.unseen(load_config("aihub_kaist")) is None
     offline = trial.unseen(load_config("aihub_kaist", {"wandb.mode": "offline"}))
     assert offline == "wandb.mode is offline: the sweep sees no figures of this trial"
