@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -59,6 +60,23 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             return part
 
         return decorate
+
+    @contextmanager
+    def temporary(self) -> Iterator[None]:
+        """Undo registrations at the end of a `with` block, for tests and notebooks.
+
+        Parts that are registered inside are removed, and parts that were replaced are restored:
+
+            with LOSSES.temporary():
+                LOSSES.register("my_loss")(MyLoss)
+                ...
+        """
+        load_plugins()  # once per process: what they register inside the block would be lost
+        before = dict(self._entries)
+        try:
+            yield
+        finally:
+            self._entries = before
 
     def _check_name(self, name: str, part: type, plugin: Plugin) -> None:
         if not _NAME.fullmatch(name):

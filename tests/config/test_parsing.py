@@ -205,19 +205,19 @@ def test_what_is_loaded_before_leaves_no_trace() -> None:
     assert flat(load_config("aihub_kaist").as_dict()) == RESOLVED
 
 
-def test_a_part_registered_between_two_loads_is_seen_and_so_is_its_next_version(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(LOSSES, "_entries", dict(LOSSES._entries))
+def test_a_part_registered_between_two_loads_is_seen_and_so_is_its_next_version() -> None:
     term = {"losses.own.name": "own"}
     with pytest.raises(ConfigError, match=r"losses\.own\.name: no loss is registered as 'own'"):
         load_config("aihub_kaist", term)
-    for option in ("margin", "scale"):
-        LOSSES.register("own")(loss_with(option))
-        assert load_config("aihub_kaist", term).losses["own"].options == {option: 0.5}
-        # Its name is offered beside the parts that were there before, too.
-        flags = ["--losses.id.name", "own", f"--losses.id.{option}", "0.25"]
-        assert load_config("aihub_kaist", flags=flags).losses["id"].options == {option: 0.25}
+    with LOSSES.temporary():
+        for option in ("margin", "scale"):
+            LOSSES.register("own")(loss_with(option))
+            assert load_config("aihub_kaist", term).losses["own"].options == {option: 0.5}
+            # The name is accepted in the sections of other parts, too.
+            flags = ["--losses.id.name", "own", f"--losses.id.{option}", "0.25"]
+            assert load_config("aihub_kaist", flags=flags).losses["id"].options == {option: 0.25}
+    with pytest.raises(ConfigError, match=r"losses\.own\.name: no loss is registered as 'own'"):
+        load_config("aihub_kaist", term)
 
 
 def loss_with(option: str) -> type[Loss]:

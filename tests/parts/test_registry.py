@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
@@ -158,6 +160,46 @@ def test_an_endless_name_still_makes_one_short_line(parts: Registry[Part]) -> No
 def test_the_origin_of_a_part_is_its_plugin() -> None:
     assert LOSSES.plugin("triplet").name == "builtin"
     assert LOSSES.plugin("triplet").distribution == "reidreg"
+
+
+# --------------------------------------------------------------------- temporary parts
+
+
+def test_a_temporary_part_is_gone_after_the_block_and_a_replaced_one_is_back(
+    parts: Registry[Part],
+) -> None:
+    def wheel() -> type[Part]:
+        class Wheel(Part):
+            def answer(self) -> None: ...
+
+        Wheel.__qualname__ = "Wheel"
+        return Wheel
+
+    before = dict(parts)
+    with parts.temporary():
+        parts.register("hub")(Axle)
+        parts.register("wheel")(wheel())
+        assert parts["hub"] is Axle and parts["wheel"] is not Wheel
+        with parts.temporary():
+            parts.register("spoke")(Axle)
+        assert "spoke" not in parts and "hub" in parts
+    assert dict(parts) == before
+
+
+def test_temporary_parts_are_gone_after_an_error(parts: Registry[Part]) -> None:
+    with pytest.raises(ZeroDivisionError), parts.temporary():
+        parts.register("hub")(Axle)
+        1 / 0  # noqa: B018
+    assert "hub" not in parts
+
+
+def test_plugins_that_are_first_loaded_in_a_temporary_block_stay() -> None:
+    code = (
+        "from reidreg import LOSSES\n"
+        "with LOSSES.temporary():\n    assert 'triplet' in LOSSES\n"
+        "assert 'triplet' in LOSSES"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 # --------------------------------------------------------------------- building

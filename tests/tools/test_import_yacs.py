@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -508,12 +508,14 @@ def test_an_ibn_model_needs_a_plugin(imported: Import) -> None:
         imported({"MODEL.NAME": "resnet50_ibn_a"})
 
 
-def test_an_ibn_model_of_a_plugin_is_taken(
-    imported: Import, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "resnet50" in BACKBONES
-    monkeypatch.setattr(BACKBONES, "_entries", dict(BACKBONES._entries))
+@pytest.fixture
+def temporary_parts() -> Iterator[None]:
+    """Removes what a test registers."""
+    with BACKBONES.temporary(), DATASETS.temporary():
+        yield
 
+
+def test_an_ibn_model_of_a_plugin_is_taken(imported: Import, temporary_parts: None) -> None:
     @BACKBONES.register("resnet50_ibn_a")
     class ResNetIBN(Backbone):
         """A backbone."""
@@ -695,11 +697,8 @@ def test_a_data_set_that_is_not_registered_is_refused(name: str, imported: Impor
 
 
 def test_a_data_set_of_a_plugin_is_taken_with_the_options_it_has(
-    imported: Import, monkeypatch: pytest.MonkeyPatch
+    imported: Import, temporary_parts: None
 ) -> None:
-    assert "market1501" in DATASETS
-    monkeypatch.setattr(DATASETS, "_entries", dict(DATASETS._entries))
-
     @DATASETS.register("veri")
     class VeRi(Dataset):
         """A data set."""
