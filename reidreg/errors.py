@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit code that the command line gives it.
+"""The exceptions of reidreg, and the exit codes that the command line gives them.
 
 Exception
 ├── ReidregError            2    the user can fix it: one line that names the key or the file
@@ -6,10 +6,10 @@ Exception
 │   │   └── UnknownNameError     no part is registered under this name
 │   ├── PluginError              a plugin could not be loaded, or claims a taken name
 │   ├── DataError                a folder, an image, a feature file
-│   ├── CheckpointError          a checkpoint is missing, foreign, or does not fit
-│   │   └── DamagedError             its file is not whole
+│   ├── CheckpointError          a checkpoint is missing, of another format, or does not fit
+│   │   └── DamagedError             its file is incomplete or corrupt
 │   ├── DeviceError              a device is missing or its memory does not suffice
-│   └── RankError                the processes of a run do not fit together, or one is gone
+│   └── RankError                the ranks of a run do not agree, or one has ended or hangs
 └── DivergedError           3    the loss or a gradient is not finite
 BaseException
 └── InterruptedRun     130, 143  SIGINT or SIGTERM, after saving
@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 
 class ReidregError(Exception):
-    """Something that the user can fix; its text is one line."""
+    """An error that the user can fix; its text is one line."""
 
     exit_code = 2
 
@@ -36,7 +36,7 @@ class UnknownNameError(ConfigError):
 
 
 class PluginError(ReidregError):
-    """A plugin could not be loaded, or registers what it may not."""
+    """A plugin could not be loaded, or registers a class or a name that is not allowed."""
 
 
 class DataError(ReidregError):
@@ -48,19 +48,19 @@ class CheckpointError(ReidregError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint's file is not whole, or not one of ours."""
+    """A checkpoint's file is incomplete, corrupt, or not a reidreg checkpoint."""
 
 
 class DeviceError(ReidregError):
-    """The device that was asked for is not there, or is too small."""
+    """The requested device does not exist, or has too little memory."""
 
 
 class RankError(ReidregError):
-    """The processes of a run do not fit together, or one of them has ended or hangs."""
+    """The ranks of a run do not agree on what they run, or one of them has ended or hangs."""
 
 
 class DivergedError(Exception):
-    """The loss is no longer finite; the step that would have spoilt the weights was not made."""
+    """The loss or a gradient is not finite; the optimizer step was not made."""
 
     exit_code = 3
 
@@ -68,11 +68,10 @@ class DivergedError(Exception):
 class InterruptedRun(BaseException):
     """A signal ended the run after its state was saved.
 
-    Like KeyboardInterrupt it is no Exception: a part that passes over what goes wrong within it
-    does not pass over this.
+    A BaseException, like KeyboardInterrupt, so that `except Exception` in a part does not catch it.
 
     Args:
-        signum: The signal's number; the exit code is 128 more.
+        signum: The signal's number; the exit code is 128 plus it.
         checkpoint: Where the state was saved, or None if there was nothing to save yet.
     """
 
@@ -87,18 +86,18 @@ class InterruptedRun(BaseException):
         return 128 + self.signum
 
 
-_SHOWN = 12  # as many names as a reader looks through
+_SHOWN = 12  # names in a hint: more make a line too long to read
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint that ends an error's line: the nearest known word, or those that there are.
+    """A hint for the end of an error message: the nearest known word, or all known words.
 
     Args:
         word: What the user wrote.
-        known: What would have been right.
+        known: The words that are accepted.
 
     Returns:
-        `"; did you mean 'x'?"` if one is near, else `"; known: a, b, c"`, else an empty string.
+        `"; did you mean 'x'?"` if one is similar, else `"; known: a, b, c"`, else an empty string.
     """
     names = sorted(set(known))
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)

@@ -68,7 +68,7 @@ def take_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
             if not equals:
                 position += 1
                 if position == len(arguments) or arguments[position].startswith("--"):
-                    raise ConfigError("--config: expected a file, or the name of one that ships")
+                    raise ConfigError("--config: expected a file, or the name of a shipped one")
                 value = arguments[position]
             configs.append(value)
         else:

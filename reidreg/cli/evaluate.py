@@ -133,7 +133,7 @@ def _evaluate_features(configs: list[str], flags: list[str]) -> int:
     if own["save_threshold"]:
         raise ConfigError("--save_threshold stores it in a checkpoint; give --ckpt FILE")
     if own["report"] and not own["output"]:
-        raise ConfigError("--report: say with --output DIR where the report is to be")
+        raise ConfigError("--report needs --output DIR, where the report goes")
     from reidreg.evaluation.evaluate import evaluate_features, write_metrics
     from reidreg.evaluation.table import evaluation_table
     from reidreg.logs.console import log_to_console

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from reidreg.cli.arguments import take_configs
-from reidreg.cli.sweeps import SweepTrial, ended_by_its_signal, flags_of_agent
+from reidreg.cli.sweeps import SweepTrial, exit_by_signal, flags_of_agent
 from reidreg.config.sections import Config
 from reidreg.machine.world import world_from_env
 
@@ -35,10 +35,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 def fit_command(arguments: list[str]) -> int:
     """`reidreg fit`."""
-    trial = SweepTrial.under_way()
+    trial = SweepTrial.from_environment()
     if trial is None:
         return _fit(arguments, None)
-    with ended_by_its_signal():
+    with exit_by_signal():
         return _fit(arguments, trial)
 
 
@@ -54,7 +54,7 @@ def _fit(arguments: list[str], trial: SweepTrial | None) -> int:
         commands=_OPTIONS,
     )
     if trial:
-        config = trial.in_its_own_folder(config)
+        config = trial.with_own_folder(config)
     if own["print_config"]:
         return _print_config(config)
     from reidreg.evaluation.table import evaluation_table
@@ -62,9 +62,9 @@ def _fit(arguments: list[str], trial: SweepTrial | None) -> int:
     from reidreg.training.loop import fit
 
     log_to_console()
-    note = trial.unseen(config) if trial else None
-    if note:
-        logger.warning("note: %s", note)
+    warning = trial.offline_warning(config) if trial else None
+    if warning:
+        logger.warning("note: %s", warning)
     figures = fit(config, own["resume"], profile=own["profile"])
     if not world_from_env().is_main:
         return 0

@@ -75,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: list[str], own_process: bool) -> int:
-    place = world_from_env()
+    world = world_from_env()
     if name not in COMMANDS:
         raise ConfigError(f"no such command: {name}{did_you_mean(name, COMMANDS)}")
-    if not place.is_main:
+    if not world.is_main:
         if name not in _DISTRIBUTED:
             return 0
         warnings.simplefilter("ignore")
@@ -100,8 +100,8 @@ def _fail(command: str, error: BaseException, code: int) -> int:
 
     def tell() -> str:
         # A signal stops all ranks; any other error has happened on one, and perhaps only there.
-        place = "" if isinstance(error, InterruptedRun) else _place()
-        line = f"reidreg {command}: {place}{_in_a_line(error)}"
+        rank = "" if isinstance(error, InterruptedRun) else _rank_prefix()
+        line = f"reidreg {command}: {rank}{_one_line(error)}"
         print(line, file=sys.stderr)
         return line
 
@@ -118,13 +118,13 @@ def _fail(command: str, error: BaseException, code: int) -> int:
     return code
 
 
-def _place() -> str:
-    """The rank, unless it is 0."""
+def _rank_prefix() -> str:
+    """The rank that an error comes from, unless it is 0."""
     rank = os.environ.get("RANK", "0")
     return f"rank {rank}: " if rank != "0" else ""
 
 
-def _in_a_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """The text of an error; of an unexpected one, with the file that its traceback is saved to."""
     if isinstance(error, (ReidregError, DivergedError, InterruptedRun)):
         return " ".join(str(error).split())

@@ -33,21 +33,21 @@ class SweepTrial:
     run: str
 
     @classmethod
-    def under_way(cls, environment: Mapping[str, str] = os.environ) -> SweepTrial | None:
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> SweepTrial | None:
         """The trial that this process is, or None if no agent started it."""
         sweep, run = environment.get("WANDB_SWEEP_ID"), environment.get("WANDB_RUN_ID")
         return cls(sweep.rpartition("/")[2], run) if sweep and run else None
 
-    def in_its_own_folder(self, config: Config) -> Config:
+    def with_own_folder(self, config: Config) -> Config:
         """The configuration with the trial's ids appended to `output_dir`: each has its folder."""
         folder = Path(config.output_dir) / self.sweep / self.run
         return replace(config, output_dir=str(folder))
 
-    def unseen(self, config: Config) -> str | None:
+    def offline_warning(self, config: Config) -> str | None:
         """A warning if the sweep will not get the run's figures, else None."""
         if config.wandb.mode == "online":
             return None
-        return f"wandb.mode is {config.wandb.mode}: the sweep sees no figures of this trial"
+        return f"wandb.mode is {config.wandb.mode}: the sweep gets no figures from this trial"
 
 
 def flags_of_agent(flags: Sequence[str]) -> list[str]:
@@ -60,7 +60,7 @@ def _is_none(flag: str) -> bool:
 
 
 @contextlib.contextmanager
-def ended_by_its_signal() -> Iterator[None]:
+def exit_by_signal() -> Iterator[None]:
     """If a signal stopped the run, end the process by that signal at exit.
 
     The agent counts every exit code above 0 as a failure, and gives up on a sweep whose first

@@ -28,7 +28,7 @@ def check_flags(flags: Sequence[str], groups: Sequence[Group], commands: Iterabl
             raise ConfigError(f"--{key}: this is a section; its options are --{key}.KEY")
         section, _, term = key.rpartition(".")[0].partition(".")
         if section == "losses" and term and not TERM.fullmatch(term):
-            raise ConfigError(f"--{shown(key)}: a term is named by letters, digits and '_'")
+            raise ConfigError(f"--{shown(key)}: a term's name has only letters, digits and '_'")
         unnamed = _unnamed_section(key, groups)
         if unnamed:
             hint = f"; give --config FILE, or --{unnamed}.name first"

@@ -148,8 +148,10 @@ def _sections_with_parts(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"losses: expected terms with names and options, got {shown(losses)}")
     for term, loss in losses.items():
         if not (isinstance(term, str) and TERM.fullmatch(term)):
-            raise ConfigError(f"losses.{shown(term)}: a term is named by letters, digits and '_'")
+            raise ConfigError(
+                f"losses.{shown(term)}: a term's name has only letters, digits and '_'"
+            )
         if term in TRAINING_FIGURES:
-            raise ConfigError(f"losses.{term}: this name is taken in the log; use another")
+            raise ConfigError(f"losses.{term}: the log uses this name; choose another")
         sections[f"losses.{term}"] = loss
     return sections

@@ -41,7 +41,8 @@ def find_config(name: str | Path) -> Path:
     if near:
         hint = f"; did you mean {by_last_word.get(near[0], near[0])!r}?"
     else:
-        hint = f"; these ship: {', '.join(name for name in shipped if '/' not in name)}, overlays/*"
+        names = ", ".join(name for name in shipped if "/" not in name)
+        hint = f"; shipped with reidreg: {names}, overlays/*"
     raise ConfigError(f"--config {shown(name)}: no such file{hint}")
 
 
@@ -118,7 +119,7 @@ def _nested(layer: Layer) -> dict[str, Any]:
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"{shown(key)}: {section} stands here twice, once as a value")
+                raise ConfigError(f"{shown(key)}: {section} is both a section and a value")
         if isinstance(value, Mapping) and isinstance(target.get(last), dict):
             target[last] = _merged(target[last], value)
         else:

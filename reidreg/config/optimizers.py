@@ -1,4 +1,4 @@
-"""The names of optimizers, from torch.optim and timm.optim, and the options that each has."""
+"""Optimizers of torch.optim and timm.optim by name, and the options that each has."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from reidreg.config.sections import OptimizerConfig
 from reidreg.errors import ConfigError, did_you_mean
 
-# They need what the loop does not give: a closure, sparse or second gradients, matrices alone.
+# These need what the training loop does not provide: a closure, sparse gradients, second-order
+# gradients, or parameters that are all matrices.
 _UNSUITED = {"lbfgs", "sparseadam", "adahessian", "muon", "optimizer"}
 
-
-# These of timm's are other libraries', which it does not bring along.
+# Prefixes of those of timm's that need other libraries, which timm does not install.
 _FOREIGN = ("bnb", "fused")
 
 
@@ -33,7 +33,7 @@ def torch_optimizers() -> dict[str, type[Optimizer]]:
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """The class of an optimizer's name; torch's where torch has it, else timm's.
+    """The optimizer class of a name: torch's if torch has it, else timm's.
 
     Raises:
         ConfigError: Neither has it.

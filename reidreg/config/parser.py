@@ -110,7 +110,7 @@ def _build_parser(
         "--config",
         action="append",
         metavar="FILE",
-        help="a YAML file, or the name of one that ships; may be given several times, later wins",
+        help="a YAML file, or the name of a shipped one; may be repeated, later ones win",
     )
     for name, keywords in commands.items():
         parser.add_argument(f"--{name}", **keywords)

@@ -47,7 +47,7 @@ def parse(
 
     Args:
         layers: As for `load_config`.
-        flags: The command line behind the command's name, without its `--config`.
+        flags: The command line after the command's name, without its `--config`.
         prog: For the usage line.
         commands: The command's own options: name to `ArgumentParser.add_argument`'s keywords,
             which are hashable.

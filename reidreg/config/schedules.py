@@ -1,4 +1,4 @@
-"""Learning rates by epoch: pure functions of the epoch, so that a resume needs no state.
+"""Learning rate schedules: pure functions of the epoch, so that a resume needs no state.
 
 Chosen by `schedule.name`; a schedule's fields are its options.
 """
@@ -22,12 +22,12 @@ class Schedule(Protocol):
 
 
 def warmup(epoch: int, epochs: int, factor: float, method: Warmup) -> float:
-    """The share of the learning rate that warm-up allows.
+    """The factor on the learning rate during warm-up.
 
     Args:
         epoch: From 1.
-        epochs: W, how many epochs the warm-up lasts; the full rate is reached in epoch W.
-        factor: f, where it starts.
+        epochs: W, the length of the warm-up; the full rate is reached in epoch W.
+        factor: f, the factor that it starts from.
         method: linear, f (1 - e/W) + e/W, or constant, f.
 
     Returns:
@@ -45,7 +45,7 @@ class MultiStep:
     """Decay by a factor at given epochs, after a warm-up (reid-strong-baseline's schedule).
 
     Args:
-        milestones: Epochs, from 1 and rising, from which on the rate is multiplied by gamma.
+        milestones: Increasing epochs, from 1, from which on the rate is multiplied by gamma.
         gamma: The factor at each milestone.
         warmup_epochs: Epochs of warm-up; 0 for none.
         warmup_factor: Share of the rate that warm-up starts from.
@@ -60,10 +60,10 @@ class MultiStep:
 
     @staticmethod
     def check(options: dict[str, Any]) -> None:
-        """Raise ValueError unless the milestones rise."""
+        """Raise ValueError unless the milestones increase."""
         milestones = list(options["milestones"])
         if milestones != sorted(set(milestones)):
-            raise ValueError(f"milestones: {milestones} do not rise")
+            raise ValueError(f"milestones: {milestones} are not increasing")
 
     def factor(self, epoch: int) -> float:
         decays = sum(epoch >= milestone for milestone in self.milestones)

@@ -1,4 +1,4 @@
-"""A run's configuration: typed, resolved, and plain enough to live in a checkpoint.
+"""A run's configuration: typed, resolved, and plain enough to be stored in a checkpoint.
 
 `reidreg.config.parsing` makes one from files and flags; nothing here imports torch, so that
 `reidreg fit --help` answers at once.
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Interval
 
-# The upper ends are far above anything of use: they tell a slip of the keyboard from a wish.
+# The upper limits are far above any useful value: they catch typing errors.
 Positive = Annotated[int, Interval(ge=1, le=1_000_000)]
 Pixels = Annotated[int, Interval(ge=1, le=4096)]
 Probability = Annotated[float, Interval(ge=0, le=1)]
@@ -43,7 +43,7 @@ class LossConfig(PartConfig):
     """One term of the loss.
 
     Args:
-        weight: What the term is multiplied by; 0 turns it off.
+        weight: The factor on the term; 0 turns it off.
     """
 
     weight: float = 1.0
@@ -61,7 +61,7 @@ class InputConfig:
         flip_prob: Probability of a horizontal flip in training.
         padding: Pixels of black on every side before the random crop of training; 0 for none.
         erasing_prob: Probability of erasing a random box in training.
-        flip_test: In evaluation, take the mean of an image's feature and its mirror image's.
+        flip_test: In evaluation, average the features of an image and its mirror image.
         mean: Mean of the channels; null takes what the backbone expects.
         std: Standard deviation of the channels; null takes what the backbone expects.
     """
@@ -84,14 +84,14 @@ class OptimizerConfig:
     Args:
         name: Name in lower case, such as adam, adamw, sgd, rmsprop, lamb.
         lr: Base learning rate, which the schedule multiplies.
-        weight_decay: Weight decay, of normalisation layers and biases too.
+        weight_decay: Weight decay, also of normalisation layers and biases.
         bias_lr_factor: Factor on the learning rate of biases.
         bias_weight_decay: Weight decay of biases; null means weight_decay.
         momentum: Momentum; null is 0.9 for sgd and otherwise the optimizer's own default.
         betas: Coefficients of the running averages; null is the optimizer's own default.
         layer_decay: Factor on the learning rate from each layer of the backbone to the one before
-            it, for transformers about 0.65 to 0.9; null is the same rate for all.
-        clip_norm: Greatest norm of the gradient of all parameters together; null does not limit it.
+            it, about 0.65 to 0.9 for transformers; null is the same rate for all.
+        clip_norm: Maximum norm of the gradient of all parameters together; null does not limit it.
     """
 
     name: str = "adam"
@@ -113,7 +113,7 @@ class ValidationConfig:
 
     Args:
         identities: Share of the training identities to hold out; 0 evaluates on query and gallery.
-        seed: Of who is held out; apart from train.seed, so that runs of other seeds compare.
+        seed: Seed of the choice of identities; runs that differ in train.seed hold out the same.
     """
 
     identities: Annotated[float, Interval(ge=0, lt=1)] = 0.0
@@ -130,28 +130,28 @@ class TrainConfig:
         eval_untrained: Evaluate before the first epoch too, to see what training adds.
         checkpoint_every: Epochs between kept checkpoints; `last` is written every epoch.
         log_every: Steps between log lines.
-        workers: Processes that load images; auto is one for each core, at most 8. Training loads by
-            itself where its images are cached.
+        workers: Processes that load images; auto is one for each core, at most 8. Training uses
+            none if its images are cached.
         cache: Where decoded training images are kept, so that later epochs and other processes of
             the machine need not decode them; auto is memory if they take no more than half of what
             is available, else disk ($REIDREG_CACHE, or ~/.cache/reidreg) if there is room.
         eval_batch_size: Images in a batch of evaluation and extraction.
-        precision: Of the backbone's arithmetic; auto is bf16 where the hardware has it, fp16 with a
-            scaled loss on older CUDA cards, else fp32.
+        precision: Precision of the backbone; auto is bf16 if the hardware has it, fp16 with loss
+            scaling on older CUDA cards, else fp32.
         compile: Compile the model with torch.compile, which takes minutes and then saves time.
-        accumulate: Parts that each batch is cut into, to save memory; the step is made for all of
-            it, but batch normalisation and losses that compare images see a part at a time.
-        ema_decay: Decay of an average of the weights over the steps, which is then evaluated and
-            kept as `best`; 0 for none, else such as 0.999.
-        gather: With several processes, show every loss the batch of all of them instead of each
-            process's own share.
+        accumulate: Parts that each batch is split into, to save memory; one step is made for all of
+            them, but batch normalisation and losses that compare images see one part at a time.
+        ema_decay: Decay of an exponential moving average of the weights, which is then evaluated
+            and kept as `best`; 0 for none, otherwise for example 0.999.
+        gather: With several processes, compute every loss on the batch of all of them instead of on
+            each process's share.
         sync_batchnorm: With several processes, normalise over the batch of all of them.
         rank_timeout: Seconds that processes wait for each other within a step before all end.
         freeze: Regular expressions; parameters whose names they match are not trained at first.
-        freeze_epochs: For how many epochs.
+        freeze_epochs: Epochs during which they are not trained.
         device: auto, cpu, cuda, cuda:N or mps; auto is cuda where there is one, else cpu.
-        seed: Of everything that is random.
-        preflight: Try a step and an evaluation of a few people before the first epoch.
+        seed: Seed of everything that is random.
+        preflight: Try a step and an evaluation of a few identities before the first epoch.
     """
 
     epochs: Positive = 120
@@ -177,9 +177,9 @@ class TrainConfig:
 
     @staticmethod
     def check(options: dict[str, Any]) -> None:
-        """Raise ValueError for text that is no device, or no regular expression.
+        """Raise ValueError for an invalid device or regular expression.
 
-        Whether the device is here, and what the expressions match, shows later.
+        Whether the device exists, and what the expressions match, is checked later.
         """
         device = options["device"]
         if not _DEVICE.fullmatch(device):
@@ -188,7 +188,9 @@ class TrainConfig:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"freeze: {pattern!r} is no expression ({error})") from error
+                raise ValueError(
+                    f"freeze: {pattern!r} is not a regular expression ({error})"
+                ) from error
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class WandbConfig:
     """Weights & Biases.
 
     Args:
-        mode: online, offline or disabled; online goes offline by itself without a login or network.
+        mode: online, offline or disabled; online falls back to offline without a login or network.
         project: The project's name.
         entity: The team or user; null is your default.
         name: The run's name; null lets W&B choose one.
@@ -215,7 +217,7 @@ class RunConfig:
     """The run itself.
 
     Args:
-        init_from: A checkpoint of ours whose weights start this new run.
+        init_from: A reidreg checkpoint whose weights initialise this new run.
         output_dir: The folder that the run's files go to.
     """
 
@@ -231,7 +233,7 @@ FIXED_SECTIONS: dict[str, type] = {
     "train": TrainConfig,
     "wandb": WandbConfig,
 }
-# What the log says of training besides the terms of the loss, behind `train/`.
+# Figures of training in the log beside the terms of the loss, under `train/`.
 TRAINING_FIGURES = (
     "loss",
     "accuracy",
@@ -301,7 +303,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         options = dict(options)
         return LossConfig(options.pop("name"), weight=options.pop("weight"), options=options)
 
-    # A checkpoint of an earlier version has no section that came later.
+    # Checkpoints of earlier versions lack sections that were added later.
     fixed: dict[str, Any] = {
         name: cls(**values.get(name, {})) for name, cls in FIXED_SECTIONS.items()
     }
@@ -316,7 +318,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 
 
 def plain(value: Any) -> Any:
-    """A value with tuples as lists, all the way down, as YAML and JSON have them."""
+    """A value with all tuples in it turned into lists, as in YAML and JSON."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -325,7 +327,7 @@ def plain(value: Any) -> Any:
 
 
 def advice(config: Config) -> list[str]:
-    """What is allowed but probably not meant, a line each."""
+    """Warnings about settings that are allowed but probably not intended, a line each."""
     lines = []
     train, schedule = config.train, config.schedule.options
     warmup = schedule.get("warmup_epochs", 0)

@@ -1,4 +1,4 @@
-"""Reading YAML that people wrote: safe, bounded, and strict about repeated keys."""
+"""Reading and writing YAML: safe, bounded, and strict about duplicate keys."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import yaml
 
 from reidreg.errors import ConfigError
 
-# A configuration has a few hundred nodes. The limits are far above, and far below what harms: a
-# few hundred bytes of nested aliases unfold to gigabytes, and the C parser of deeply nested text
-# overruns the stack.
+# A configuration has a few hundred nodes. The limits are far above that, and far below what does
+# harm: a few hundred bytes of nested aliases expand to gigabytes, and deeply nested text overflows
+# the C parser's stack.
 MAX_BYTES = 1 << 16
 MAX_NODES = 10_000
 MAX_DEPTH = 20
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the numbers of YAML 1.2, and without repeated keys.
+    """PyYAML's safe loader with the numbers of YAML 1.2, refusing duplicate keys.
 
     `1e-3` is a number; `0012`, `1:30` and `2024-01-01` are text, not 10, 90 and a date.
     """
@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
                 continue  # the base class refuses it
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r:.40} stands here twice",
+                    problem=f"duplicate key {key.value!r:.40}",
                     problem_mark=key.start_mark,
                 )
             seen.add(key.value)
@@ -75,13 +75,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: The file is missing, unreadable, not UTF-8 text, too large or too deep,
-            not YAML, repeats a key, or holds something other than a mapping.
+            not YAML, has a duplicate key, or holds something other than a mapping.
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a folder, not a configuration file")
     try:
         with path.open("rb") as file:
-            # By reading, not by its size: a pipe has none, and /dev/zero does not end.
+            # Not by the file's size: a pipe has none, and /dev/zero does not end.
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ConfigError(f"{path} is larger than any configuration ({MAX_BYTES:,} bytes)")
@@ -103,7 +103,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
     Args:
         text: The text.
-        source: Where it comes from, for messages.
+        source: The name of its source, for messages.
 
     Raises:
         ConfigError: As for `read_yaml`.
@@ -120,7 +120,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def _check_size(text: str, source: str) -> None:
-    """Refuse hostile text by its events, before anything is built or recursed into."""
+    """Refuse malicious text by its parse events, before any value is built."""
     depth = nodes = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
@@ -131,7 +131,7 @@ def _check_size(text: str, source: str) -> None:
             depth -= 1
         nodes += 1
         if depth > MAX_DEPTH or nodes > MAX_NODES:
-            raise ConfigError(f"{source}: nested or repeated beyond any configuration")
+            raise ConfigError(f"{source}: too deeply nested, or too long, for a configuration")
 
 
 def dump_yaml(value: Any) -> str:

@@ -1,9 +1,9 @@
-"""The six kinds of part: an abstract class each, with its registry beside it.
+"""The six kinds of part: an abstract class and a registry for each.
 
 A part's constructor stores its options and builds its modules; it reads no file, downloads
 nothing and touches no GPU. A class may have a static method `check(options)` that raises
-ValueError("option: what is wrong") when options do not go together; it is called before any data
-is touched.
+ValueError("option: what is wrong") for a combination of options that is not allowed; it is called
+before any data is read.
 """
 
 from __future__ import annotations
@@ -27,46 +27,45 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Dataset(ABC):
     """Images with identities and cameras, in the three splits of re-identification.
 
-    The splits are read when they are first asked for, so that evaluation needs no training
-    images and training no others.
+    A split is read on first access: evaluation needs no training images, and training no others.
     """
 
     @property
     @abstractmethod
     def train(self) -> Sequence[Sample]:
-        """The training images. Pids and camids as the data set has them; relabelling is ours."""
+        """The training images, with the data set's own pids and camids: reidreg relabels them."""
 
     @property
     @abstractmethod
     def query(self) -> Sequence[Sample]:
-        """The images to look for."""
+        """The query images."""
 
     @property
     @abstractmethod
     def gallery(self) -> Sequence[Sample]:
-        """The images to look in."""
+        """The gallery images."""
 
     def folders(self) -> Mapping[str, str]:
-        """Where each split lies, for the log: split to folder."""
+        """Split to its folder, for the log."""
         return {}
 
     def notes(self) -> list[str]:
-        """What a user should know of this copy of the data, a line each."""
+        """Remarks on this copy of the data for the user, a line each."""
         return []
 
 
 class Sampler(ABC):
     """Which images make up each batch of an epoch.
 
-    A sampler is a function of its seed and the epoch: the same two give the same batches, in
-    whatever order epochs are asked for. That is all that an exact resume needs of it.
+    The batches depend only on the seed and the epoch, not on the epochs that were iterated before:
+    an exact resume needs nothing else.
     """
 
     def __init__(self) -> None:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, whose batches the next iteration gives."""
+        """Set the epoch, from 0, whose batches the next iteration yields."""
         self.epoch = epoch
 
     @abstractmethod
@@ -75,14 +74,14 @@ class Sampler(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many batches this epoch has: exact, and known before it starts."""
+        """The exact number of batches of this epoch, known before it starts."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs."""
+        """The state that a resume needs."""
         return {"epoch": self.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         self.epoch = int(state["epoch"])
 
 
@@ -90,7 +89,7 @@ class Backbone(nn.Module, ABC):
     """Images to a feature map or tokens.
 
     `dim` is the number of channels C. `mean` and `std` are the normalisation that the pretrained
-    weights expect. With `uses_camids` set, `forward` is given the camera indices as well.
+    weights expect. With `uses_camids` set, `forward` also receives the camera indices.
     """
 
     uses_camids: ClassVar[bool] = False
@@ -107,7 +106,7 @@ class Backbone(nn.Module, ABC):
 
         Args:
             images: (B, 3, H, W) float, normalised.
-            camids: (B,) camera indices, -1 for a camera that training did not see; only if
+            camids: (B,) camera indices, -1 for a camera that is not in the training data; only if
                 `uses_camids`.
 
         Returns:
@@ -118,16 +117,16 @@ class Backbone(nn.Module, ABC):
         """Load the weights that the options name; called once, when a new run starts.
 
         Returns:
-            A line that says what was loaded, or None if nothing was asked for.
+            A line for the log that says what was loaded, or None if nothing was.
         """
         return None
 
 
 class Head(nn.Module, ABC):
-    """A backbone's features to what losses and retrieval use.
+    """Backbone features to the `Output` that losses and retrieval use.
 
-    `dim` is the width D of `Output.features`. With `uses_camids` set, `forward` is given the
-    camera indices as well.
+    `dim` is the width D of `Output.features`. With `uses_camids` set, `forward` also
+    receives the camera indices.
     """
 
     uses_camids: ClassVar[bool] = False
@@ -147,11 +146,11 @@ class Head(nn.Module, ABC):
 
 
 class Loss(nn.Module, ABC):
-    """An output and its labels to a number.
+    """A model output and labels to a scalar.
 
-    A loss may own parameters. Those it steps itself, with the optimizer that `make_optimizer`
-    returns, see the gradient of the unweighted loss; others join the model's optimizer. One whose
-    value depends on which images share a batch says so with `compares_images`.
+    A loss may have parameters. Those in the optimizer that `make_optimizer` returns see the
+    gradient of the unweighted loss; the others join the model's optimizer. `compares_images` is set
+    if the value depends on which images share a batch.
     """
 
     compares_images: ClassVar[bool] = False
@@ -172,7 +171,7 @@ class Loss(nn.Module, ABC):
         """
 
     def make_optimizer(self) -> Optimizer | None:
-        """The optimizer for the loss's own parameters, if it wants one of its own."""
+        """A separate optimizer for the loss's parameters, or None to let the model's step them."""
         return None
 
 
@@ -184,8 +183,8 @@ class Evaluator(ABC):
         """Compute the figures.
 
         Returns:
-            A JSON-able mapping; figures are fractions 0..1. Figures after post-processing stand
-            in a block of the same keys: `{"mAP": ..., "reranked": {"mAP": ...}}`.
+            A mapping that JSON can hold; figures are fractions 0..1. Figures after post-processing
+            are in a nested block with the same keys: `{"mAP": ..., "reranked": {"mAP": ...}}`.
             The keys `skipped`, `intervals`, `cameras` and `verification` have the form that the
             evaluator `retrieval` gives them.
 
@@ -204,17 +203,17 @@ class Evaluator(ABC):
     def rank_everything(
         self, query: Embeddings, gallery: Embeddings, k: int
     ) -> tuple[Tensor, Tensor]:
-        """As `rank`, with what the evaluation leaves out in its place, to show it to people.
+        """As `rank`, but including the items that the evaluation leaves out, for display.
 
-        An evaluator that leaves nothing out need not override this.
+        An evaluator that leaves nothing out need not override it.
         """
         return self.rank(query, gallery, k)
 
     def precisions(self, query: Embeddings, gallery: Embeddings) -> Tensor:
         """The average precision of each query, (Q,) float64, NaN where it has no match.
 
-        By `rank` over the whole gallery, a few queries at a time; an evaluator that has a faster
-        way overrides this.
+        Uses `rank` over the whole gallery, a few queries at a time; override it if there is a
+        faster way.
         """
         values = []
         for start in range(0, len(query.pids), 64):
@@ -228,7 +227,7 @@ class Evaluator(ABC):
         return torch.tensor(values, dtype=torch.float64)
 
     def check_ids(self, query: Sequence[Sample], gallery: Sequence[Sample]) -> list[str]:
-        """Look at the labels alone, before training, for an evaluation that cannot succeed.
+        """Check from the labels, before training, that the evaluation can succeed.
 
         Returns:
             Notes for the log, a line each.

@@ -1,9 +1,9 @@
 """Plugins: installed distributions whose import registers parts.
 
 A plugin declares an entry point of the group `reidreg.plugins` whose value is a module; importing
-that module runs its `@KIND.register(name)` decorators. The parts that ship with reidreg come by
-the same road. A plugin that fails to import is remembered with its reason and takes nothing with
-it: only a run that needs one of its parts hears of it.
+that module runs its `@KIND.register(name)` decorators. The parts that ship with reidreg are
+registered in the same way. If a plugin fails to import, the reason is kept, and an error is raised
+only when a run uses one of its parts.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ VARIABLE = "REIDREG_PLUGINS"
 
 @dataclass
 class Plugin:
-    """Where parts come from.
+    """The origin of registered parts.
 
     Args:
-        name: The entry point's name, or the module's for parts registered by hand.
+        name: The entry point's name, or the module's for parts that no plugin registers.
         module: The module whose import registers the parts.
         distribution: The installed distribution, or an empty string.
         version: The distribution's version, or an empty string.
         error: Why the import failed, in one line; None if it did not.
-        seconds: What the import took.
+        seconds: Duration of the import.
     """
 
     name: str
@@ -53,13 +53,13 @@ _loaded: list[Plugin] | None = None
 
 
 def load_plugins() -> tuple[Plugin, ...]:
-    """Import every installed plugin once; a second call only returns what the first found.
+    """Import every installed plugin, once per process.
 
     The environment variable `REIDREG_PLUGINS` holds the names of those to load, separated by
     commas; empty loads none. Without it all are loaded.
 
     Returns:
-        One entry for each plugin, those that failed with their `error`.
+        One entry for each plugin; those that failed have their `error` set.
 
     Raises:
         PluginError: The variable names a plugin that is not installed.
@@ -76,7 +76,7 @@ def load_plugins() -> tuple[Plugin, ...]:
 
 
 def _wanted(found: list[EntryPoint]) -> list[EntryPoint]:
-    """The entry points to load, ours first so that nobody can take its parts' names."""
+    """The entry points to load, reidreg's own first, so that no other can take its names."""
     found = sorted(found, key=lambda e: (e.value != "reidreg_plugins", e.name, e.value))
     chosen = os.environ.get(VARIABLE)
     if chosen is None:
@@ -90,10 +90,10 @@ def _wanted(found: list[EntryPoint]) -> list[EntryPoint]:
 
 
 def origin_of(module: str) -> Plugin:
-    """The plugin that a part belongs to whose module registers it at this moment.
+    """The plugin of a part that its module is registering now.
 
-    That is the one being imported; but somebody may also import a plugin's module by hand, before
-    the plugins are loaded, or register a part of their own in a script.
+    Usually it is the plugin that is being imported. A user may also import a plugin's module
+    directly, before the plugins are loaded, or register a part in a script.
     """
     plugin = _importing.get()
     if plugin is not None:
@@ -120,7 +120,7 @@ def _load(entry: EntryPoint) -> Plugin:
     with _as_importing(plugin):
         try:
             importlib.import_module(entry.value)
-        # SystemExit too: a plugin that calls sys.exit on import must not end our process.
+        # SystemExit too: a plugin that calls sys.exit on import must not end the process.
         except (Exception, SystemExit) as error:
             plugin.error = " ".join(f"{type(error).__name__}: {error}".split())
     plugin.seconds = time.perf_counter() - start
@@ -137,5 +137,5 @@ def _as_importing(plugin: Plugin) -> Iterator[None]:
 
 
 def broken_plugins() -> tuple[Plugin, ...]:
-    """The plugins that failed to load, among those tried so far."""
+    """The plugins that have failed to load so far."""
     return tuple(plugin for plugin in _loaded or () if plugin.error is not None)

@@ -27,10 +27,10 @@ class _Entry:
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
-    """The parts of one kind, by name. Reading it loads the plugins first.
+    """The classes of one kind of part, by name; reading it loads the plugins first.
 
     Args:
-        kind: What the parts are, in one word: `loss`.
+        kind: The kind in one word, such as `loss`.
         base: The abstract class that each of them extends.
     """
 
@@ -53,7 +53,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         def decorate(part: C) -> C:
             plugin = origin_of(part.__module__)
             self._check_name(name, part, plugin)
-            # What a section of the configuration says of a part besides its options.
+            # Keys of a part's section in the configuration that are not options.
             taken = {"name", "weight"} if self.kind == "loss" else {"name"}
             check_schema(part, self.base, f"{self.kind} {name!r}", taken)
             self._entries[name] = _Entry(part, plugin)
@@ -86,7 +86,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         taken = self._entries.get(name)
         if taken is None or taken.plugin.error is not None:
             return
-        # The same class again is a notebook cell or a module that ran twice, not a clash.
+        # The same class again means that a notebook cell or a module ran twice: it is replaced.
         same = (taken.part.__module__, taken.part.__qualname__)
         if same != (part.__module__, part.__qualname__):
             raise PluginError(
@@ -96,7 +96,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     def _known(self) -> dict[str, _Entry]:
         load_plugins()
-        # What a plugin registered before its import failed half-way is not to be relied on.
+        # A plugin whose import failed half-way may have registered parts: they are left out.
         return {name: e for name, e in sorted(self._entries.items()) if e.plugin.error is None}
 
     def __getitem__(self, name: str) -> type[T]:
@@ -144,13 +144,13 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         accepted = inspect.signature(part).parameters
         facts = {key: options.pop(key) for key in list(options) if key in RUN_TIME_FACTS}
         check_options(part, options, self.kind)
-        # Not part(...): mypy sees an abstract class there.
+        # Not `return part(...)`: mypy takes that for an abstract class.
         built: T = part(**options, **{key: facts[key] for key in facts if key in accepted})
         return built
 
 
 def _failed() -> str:
-    """What to add to an unknown name: it may be of a plugin that failed to load."""
+    """A hint for an unknown name: it may belong to a plugin that failed to load."""
     broken = broken_plugins()
     if len(broken) == 1:
         return f"; plugin {broken[0]} failed to load: {broken[0].error:.90}"

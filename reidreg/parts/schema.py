@@ -1,6 +1,6 @@
-"""Signatures as schemas: a class's constructor says which options it has, of what type and limits.
+"""Signatures as schemas: a class's constructor defines its options, their types and limits.
 
-The configuration, the command line and `Registry.build` all read options off the signatures here.
+The configuration, the command line and `Registry.build` all read options through this module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from reidreg.errors import ConfigError, PluginError, did_you_mean
 
-# Constructor parameters that the framework fills in; they are no options of a part.
+# Constructor parameters that the framework fills in; they are not options of a part.
 RUN_TIME_FACTS = frozenset(
     {
         "num_classes",
@@ -37,13 +37,13 @@ RUN_TIME_FACTS = frozenset(
 
 Bound = Ge | Gt | Le | Lt
 
-# The word that stands for a number which the framework finds out before a part is built.
+# The value of an option whose number the framework determines before it builds the part.
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a registered class, read off its constructor.
+    """One option of a registered class, from its constructor.
 
     Args:
         name: The parameter's name.
@@ -60,7 +60,7 @@ class Option:
         return self.default is inspect.Parameter.empty
 
     def or_auto(self) -> Option:
-        """The same option, which may be `auto` too."""
+        """The same option, with `auto` allowed too."""
         return replace(self, hint=self.hint | typing.Literal["auto"])
 
 
@@ -69,7 +69,7 @@ def options_of(part: type, facts: frozenset[str] = RUN_TIME_FACTS) -> dict[str, 
     return {option.name: option for option in _parameters(part) if option.name not in facts}
 
 
-# A signature does not change, and one load of a configuration asks for each a dozen times.
+# Loading one configuration asks for each signature a dozen times.
 @functools.lru_cache(maxsize=256)
 def _parameters(part: type) -> tuple[Option, ...]:
     # Not typing.get_type_hints: before 3.11 it makes a type optional whose default is None.
@@ -83,8 +83,8 @@ def check_schema(part: type, base: type, what: str, taken: AbstractSet[str] = fr
 
     Args:
         part: The class.
-        base: What it has to extend.
-        what: What it is about to be registered as, for the message.
+        base: The class that it has to extend.
+        what: Its kind and name, for the message.
         taken: Names that its options must not have.
     """
     if not (isinstance(part, type) and issubclass(part, base)):
@@ -97,16 +97,16 @@ def check_schema(part: type, base: type, what: str, taken: AbstractSet[str] = fr
                 "configuration"
             )
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise PluginError(f"{where} takes {name!r} by position alone; options go by name")
+            raise PluginError(f"{where} takes {name!r} by position only; options go by name")
         if parameter.annotation is parameter.empty:
             raise PluginError(f"{where}: option {name!r} has no type")
     try:
         options = options_of(part)
     except (NameError, TypeError, AttributeError, SyntaxError) as error:
-        raise PluginError(f"{where}: its types are not there at run time ({error})") from error
+        raise PluginError(f"{where}: its types cannot be resolved at run time ({error})") from error
     for option in options.values():
         if option.name in taken:
-            raise PluginError(f"{where}: option {option.name!r} needs another name, this is ours")
+            raise PluginError(f"{where}: the name of option {option.name!r} is reserved")
         if not _is_plain(option.hint):
             raise PluginError(
                 f"{where}: option {option.name!r} is of type {describe_type(option.hint)}, which "
@@ -121,9 +121,9 @@ def check_schema(part: type, base: type, what: str, taken: AbstractSet[str] = fr
 
 
 def _is_plain(hint: Any) -> bool:
-    """Whether a type's values are plain data, so that no text can stand for anything else.
+    """Whether a type's values are plain data.
 
-    A class or a callable would be given as an import path, and importing runs code.
+    A class or a callable would be written as an import path, and importing runs code.
     """
     origin, members = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -145,9 +145,9 @@ def check_options(
 
     Args:
         part: The class.
-        options: What it is about to be given.
+        options: Options by name.
         key: What to put before an option's name in a message, such as `losses.triplet`.
-        facts: Parameters that are no options.
+        facts: Parameters that are not options.
     """
     known = options_of(part, facts)
     for name in options:
@@ -172,8 +172,8 @@ def check_limits(key: str, value: Any, hint: Any) -> None:
 
     Args:
         key: The value's name, for the message.
-        value: A value, already converted: text is no number here.
-        hint: The type; limits may sit inside tuples, lists and unions.
+        value: A converted value: text is not accepted as a number.
+        hint: The type; limits may be inside tuples, lists and unions.
     """
     if not fits(value, hint):
         raise ConfigError(f"{key}: expected {describe_type(hint)}, got {shown(value)}")
@@ -197,7 +197,7 @@ def bounds_of(metadata: Iterable[Any]) -> list[Bound]:
     """The limits among the metadata of an `Annotated` type, intervals as their two ends."""
     found: list[Bound] = []
     for item in metadata:
-        # An Interval is a group of limits, not a limit.
+        # An Interval is not a limit itself but a group of them.
         ends = item if isinstance(item, Interval) else [item]
         found += [end for end in ends if isinstance(end, (Ge, Gt, Le, Lt))]
     return found
@@ -266,7 +266,7 @@ def _is_word(value: Any) -> bool:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a converted value is of a type, looking at its outermost layer alone."""
+    """Whether a converted value is of a type, without looking inside containers."""
     while get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     origin, members = get_origin(hint), get_args(hint)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""The command line as a user runs it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def test_a_mistyped_option_of_any_command_is_one_line_and_2(
     assert len(lines) == 1 and lines[0].startswith(f"reidreg {command}: ")
 
 
-def test_a_mistyped_command_is_told_which_one_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistyped_command_gets_a_suggestion(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["evalute"]) == 2
     assert "did you mean 'evaluate'" in capsys.readouterr().err
 
@@ -53,7 +55,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("reidreg 0.")
 
 
-def test_a_bug_of_ours_is_one_line_with_the_place_of_the_traceback(
+def test_an_unexpected_error_is_one_line_that_names_the_file_of_the_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(arguments: list[str]) -> int:
@@ -110,7 +112,7 @@ def test_the_whole_way_from_images_to_figures(
         (["fit"], "--config quickstart"),
     ],
 )
-def test_what_is_missing_is_named_in_one_line(
+def test_what_is_missing_or_wrong_is_named_in_one_line(
     arguments: list[str],
     word: str,
     capsys: pytest.CaptureFixture[str],

@@ -1,4 +1,4 @@
-"""Sweeps: the files that ship, what a trial makes of its agent, and that a stopped one is gone."""
+"""Sweeps: the shipped files, what an agent passes to a trial, and how a stopped trial ends."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 
 
 def read(path: Path) -> Values:
-    """A sweep as `wandb sweep` reads it: by YAML 1.1, to which 1e-4 is a word."""
+    """A sweep as `wandb sweep` reads it: as YAML 1.1, where 1e-4 is text."""
     sweep: Values = yaml.safe_load(path.read_text())
     return sweep
 
 
 def ends(space: Values) -> list[Any]:
-    """All that a parameter can be, or the ends of its range."""
+    """All values of a parameter, or the ends of its range."""
     if "value" in space:
         return [space["value"]]
     return space["values"] if "values" in space else [space["min"], space["max"]]
@@ -79,7 +79,7 @@ def value_in(config: Config, key: str) -> Any:
 # --------------------------------------------------------------------- the files
 
 
-def test_the_reference_sweeps_are_there_and_are_no_configurations() -> None:
+def test_the_reference_sweeps_ship_and_are_not_configurations() -> None:
     names = [path.stem for path in FILES]
     assert names == ["full", "lr", "memory_test", "optimizer", "test"]
     assert not [name for name in shipped_configs() if "sweep" in name]
@@ -88,16 +88,16 @@ def test_the_reference_sweeps_are_there_and_are_no_configurations() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_sweep_is_one_that_wandb_takes(path: Path) -> None:
+def test_wandb_accepts_each_sweep(path: Path) -> None:
     sweep = read(path)
-    assert path.read_text().startswith("# "), "a line says what it is for"
+    assert path.read_text().startswith("# "), "its first line describes it"
     assert sweep["program"] == "reidreg" and sweep["name"] == path.stem
     assert sweep["method"] in ("grid", "random", "bayes")
     assert sweep["metric"]["name"] == "val/mAP" and sweep["metric"]["goal"] == "maximize"
     assert sweep["run_cap"] >= 1
     for key, space in sweep["parameters"].items():
         assert space.keys() in ({"value"}, {"values"}, {"min", "max", "distribution"}), key
-        assert len(set(ends(space))) == len(ends(space)), f"{key}: a value stands here twice"
+        assert len(set(ends(space))) == len(ends(space)), f"{key}: duplicate value"
         assert not any(isinstance(value, str) for value in ends(space)), key
         # W&B's log_uniform takes exponents, and would give rates above 1.
         assert space.get("distribution") in (None, "uniform", "log_uniform_values"), key
@@ -108,7 +108,7 @@ def test_a_sweep_is_one_that_wandb_takes(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_trial_is_a_configuration_of_ours(path: Path) -> None:
+def test_every_trial_is_a_valid_configuration(path: Path) -> None:
     sweep = read(path)
     # Every value of each parameter beside the first ones of the others: 20 parsings, not 500.
     first, *_ = trials(sweep)
@@ -132,7 +132,7 @@ def test_early_termination_waits_for_the_warm_up() -> None:
     )
 
 
-# --------------------------------------------------------------------- what an agent says
+# --------------------------------------------------------------------- what an agent passes
 
 
 @pytest.mark.parametrize(
@@ -162,18 +162,18 @@ def test_only_a_flag_of_none_becomes_null() -> None:
     assert flags_of_agent(flags) == ["--a.b=null", *flags[1:]]
 
 
-def test_a_trial_is_who_the_agent_says() -> None:
+def test_a_trial_has_the_ids_that_the_agent_gives() -> None:
     ids = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "run1"}
-    assert SweepTrial.under_way(ids) == SweepTrial("sweep1", "run1")
-    assert SweepTrial.under_way({**ids, "WANDB_SWEEP_ID": "team/project/sweep1"}) == SweepTrial(
-        "sweep1", "run1"
-    )
+    assert SweepTrial.from_environment(ids) == SweepTrial("sweep1", "run1")
+    assert SweepTrial.from_environment(
+        {**ids, "WANDB_SWEEP_ID": "team/project/sweep1"}
+    ) == SweepTrial("sweep1", "run1")
     for key in ids:
-        assert SweepTrial.under_way({key: ids[key]}) is None
-        assert SweepTrial.under_way({**ids, key: ""}) is None
+        assert SweepTrial.from_environment({key: ids[key]}) is None
+        assert SweepTrial.from_environment({**ids, key: ""}) is None
 
 
-def test_each_trial_has_a_folder_of_its_own(
+def test_each_trial_has_its_own_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = []
@@ -188,11 +188,11 @@ def test_each_trial_has_a_folder_of_its_own(
     assert folders == ["log/quickstart/sweep1/run1", "log/quickstart/sweep1/run2"]
 
 
-def test_figures_that_the_sweep_does_not_see_are_said() -> None:
+def test_a_trial_without_wandb_online_warns() -> None:
     trial = SweepTrial("s", "r")
-    assert trial.unseen(load_config("aihub_kaist")) is None
-    offline = trial.unseen(load_config("aihub_kaist", {"wandb.mode": "offline"}))
-    assert offline == "wandb.mode is offline: the sweep sees no figures of this trial"
+    assert trial.offline_warning(load_config("aihub_kaist")) is None
+    offline = trial.offline_warning(load_config("aihub_kaist", {"wandb.mode": "offline"}))
+    assert offline == "wandb.mode is offline: the sweep gets no figures from this trial"
 
 
 INIT = """
@@ -237,7 +237,7 @@ def test_wandb_knows_the_parameters_as_the_run_does(tmp_path: Path) -> None:
     assert run["config"]["optimizer.lr"] == run["config"]["optimizer"]["lr"] == 0.0002
 
 
-# --------------------------------------------------------------------- what is left of a trial
+# --------------------------------------------------------------------- how a trial ends
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_DIR"):
-        monkeypatch.setenv(name, "")  # the agent sets them, and they are to be as they were
+        monkeypatch.setenv(name, "")  # the agent sets them: restore them after the test
     monkeypatch.delenv("WANDB_DIR")
     agent = Agent(api=None, queue=None)
     yield agent
@@ -259,12 +259,12 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> None:
     """Wait until something holds."""
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() - start < seconds, "it does not come to hold"
+        assert time.monotonic() - start < seconds, "the condition is still false"
         time.sleep(0.02)
 
 
 def marked(mark: str) -> list[int]:
-    """The processes alive whose environment has a mark: a trial's own, however they are related."""
+    """The living processes with a mark in their environment: a trial and all its descendants."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -272,7 +272,7 @@ def marked(mark: str) -> list[int]:
             if state not in "ZX" and mark.encode() in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
         except OSError:
-            continue  # it ended meanwhile, or is not ours
+            continue  # it has ended, or belongs to another user
     return found
 
 
@@ -295,7 +295,7 @@ def test_a_trial_that_an_agent_ends_leaves_nothing_behind(
     monkeypatch.setenv("MARK", mark)
     shared = set(os.listdir("/dev/shm"))
     fit = [sys.executable, "-m", "reidreg", "fit", "--config", "aihub_kaist", "${args}"]
-    # The agent's children write to its terminal: this one to a file.
+    # The agent's child processes write to its terminal; this one writes to a file.
     agent._sweep_command = ["sh", "-c", f'exec "$@" > {shlex.quote(str(log))} 2>&1', "sh", *fit]
     values = {**tiny, "train.epochs": 50, "train.workers": 2, "train.cache": "none"}
     parameters = {key: {"value": value} for key, value in values.items()}
@@ -307,7 +307,7 @@ def test_a_trial_that_an_agent_ends_leaves_nothing_behind(
     assert len(marked(mark)) >= 3, "the trial and its two loading processes"
 
     assert "exception" not in agent._process_command({"type": command, "run_id": "run1"})
-    # Well within the seconds after which the agent would kill it; below 0 is no failure to it.
+    # Well before the agent would kill it; the agent does not count a code below 0 as a failure.
     assert trial.wait(timeout=agent._kill_delay - 5) == -by, log.read_text()
     wait_for(lambda: not marked(mark), seconds=2)
     assert set(os.listdir("/dev/shm")) <= shared
@@ -328,20 +328,20 @@ def test_a_trial_that_fails_has_an_exit_code_that_the_agent_counts(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_the_signal_is_sent_when_all_else_is_done() -> None:
+def test_the_signal_is_sent_after_all_other_exit_handlers() -> None:
     program = """
 import atexit, signal, sys
 from reidreg.errors import InterruptedRun
-from reidreg.cli.sweeps import ended_by_its_signal
+from reidreg.cli.sweeps import exit_by_signal
 try:
-    with ended_by_its_signal():
-        atexit.register(print, "put away")
+    with exit_by_signal():
+        atexit.register(print, "cleaned up")
         raise InterruptedRun(signal.SIGTERM)
 except InterruptedRun:
     sys.exit(143)
 """
     python = [sys.executable, "-c", program]
     result = subprocess.run(python, capture_output=True, text=True)
-    assert result.returncode == -signal.SIGTERM and result.stdout == "put away\n"
+    assert result.returncode == -signal.SIGTERM and result.stdout == "cleaned up\n"
     shell = subprocess.run(["sh", "-c", '"$@"; echo $?', "sh", *python], capture_output=True)
-    assert shell.stdout == b"put away\n143\n"
+    assert shell.stdout == b"cleaned up\n143\n"

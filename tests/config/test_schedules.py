@@ -1,4 +1,4 @@
-"""Learning rates by epoch, against worked numbers and a trainer's logs."""
+"""Learning rates by epoch, against published values and recorded runs."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_cosine_falls_to_its_final_factor() -> None:
     assert values[0] == 1.0 and 0.1 < values[-1] < 0.11
 
 
-def test_a_cosine_takes_the_runs_epochs_unless_told_otherwise() -> None:
+def test_a_cosine_takes_the_epochs_of_the_run_by_default() -> None:
     flags = ["--schedule.name=cosine", "--train.epochs=37"]
     assert make_schedule(load_config("aihub_kaist", flags=flags)) == Cosine(total_epochs=37)
     longer = load_config("aihub_kaist", flags=[*flags, "--schedule.total_epochs=50"])
@@ -122,6 +122,6 @@ def test_a_cosine_shorter_than_its_warm_up_never_leaves_it() -> None:
 
 
 @pytest.mark.parametrize("milestones", ["[70, 40]", "[40, 40]", "[0, 10]"])
-def test_milestones_that_do_not_rise_are_refused(milestones: str) -> None:
+def test_milestones_that_are_not_increasing_are_refused(milestones: str) -> None:
     with pytest.raises(ConfigError, match=r"schedule\.milestones"):
         load_config("aihub_kaist", flags=[f"--schedule.milestones={milestones}"])

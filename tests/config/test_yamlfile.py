@@ -1,4 +1,4 @@
-"""YAML that people write: read safely, refused in one line, written so that it reads back."""
+"""YAML: read safely, refused with one line, and written so that it reads back the same."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_keys_keep_their_order_and_lists_stand_on_one_line() -> None:
     assert text == "b:\n  y: [1, [2, 3]]\n  x: null\na: text\n"
 
 
-def test_a_safe_loader_of_another_make_reads_the_same() -> None:
+def test_pyyamls_own_safe_loader_reads_the_same() -> None:
     value = {"lr": 3.5e-4, "tags": ["1e5", "0012", "2024-01-01", "1:30", "on"], "n": [1, 2.5]}
     assert yaml.safe_load(dump_yaml(value)) == value
 
@@ -116,9 +116,9 @@ def test_a_safe_loader_of_another_make_reads_the_same() -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("a: 1\na: 2", "here, line 2: the key 'a' stands here twice"),
-        ("x: {b: {a: 1, 'a': 2}}", "here, line 1: the key 'a' stands here twice"),
-        ("1: a\n1: b", "here, line 2: the key '1' stands here twice"),
+        ("a: 1\na: 2", "here, line 2: duplicate key 'a'"),
+        ("x: {b: {a: 1, 'a': 2}}", "here, line 1: duplicate key 'a'"),
+        ("1: a\n1: b", "here, line 2: duplicate key '1'"),
         ("[a]: b", "here, line 1: found unhashable key"),
         ("{a: b}: c", "here, line 1: found unhashable key"),
         (
@@ -149,7 +149,7 @@ def test_bad_text_is_refused_with_its_line(text: str, line: str) -> None:
         "python/tuple",
     ],
 )
-def test_tags_of_python_are_refused(tag: str) -> None:
+def test_python_tags_are_refused(tag: str) -> None:
     assert f"python/{tag.split('/')[1][:4]}" in refused(f"a: !!{tag} [x]")
     assert "python" in refused(f"!!{tag} [x]")
 
@@ -183,7 +183,7 @@ def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
     writer.join()
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^cannot read .*x\.yaml: No such file or directory$"):
         read_yaml(tmp_path / "x.yaml")
 

@@ -1,4 +1,4 @@
-"""Lines, figures, and what Weights & Biases gets to see."""
+"""Log lines, figures, and what is sent to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reidreg.logs.wandb import wandb_obstacle
 
 
 class RecordedRun:
-    """Stands in for a W&B run, whose server no test can reach: keeps what it was given."""
+    """A fake W&B run, since no test can reach the server; records what it is given."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
@@ -40,7 +40,7 @@ class RecordedRun:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RecordedRun]]:
-    """Replaces the module `wandb` by one that records."""
+    """Replaces the module `wandb` by a fake one; the runs that it starts."""
     runs: list[RecordedRun] = []
 
     def init(**options: Any) -> RecordedRun:
@@ -125,7 +125,7 @@ def test_only_a_key_in_netrc_is_a_login(
         assert obstacle is not None and "wandb login" in obstacle
 
 
-def test_a_server_that_cannot_be_reached_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_be_reached_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
@@ -149,7 +149,7 @@ def test_a_real_offline_run_is_written(
         assert word in content
 
 
-def test_lines_behind_the_step_of_a_resume_are_dropped(tmp_path: Path) -> None:
+def test_lines_after_the_step_of_a_resume_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "')
     log = MetricsLog(path, step=2)
@@ -158,8 +158,8 @@ def test_lines_behind_the_step_of_a_resume_are_dropped(tmp_path: Path) -> None:
     assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 2, 4]
 
 
-def test_an_evaluation_that_will_come_again_is_dropped(tmp_path: Path) -> None:
-    """A kill between an evaluation and the checkpoint that knows of it."""
+def test_an_evaluation_that_will_be_repeated_is_dropped(tmp_path: Path) -> None:
+    """A run killed between an evaluation and the checkpoint that records it."""
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": 1, "val/mAP": 1}, {"step": 2, "train/loss": 2}, {"step": 2, "val/mAP": 3}]
     for to_come, kept in ((["val"], lines[:2]), ([], lines)):

@@ -1,4 +1,4 @@
-"""Plugins: strangers' parts come in by the front door, and a broken one takes nothing with it."""
+"""Plugins: third-party parts are registered like ours, and a broken plugin harms no other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Part(Loss):
     def forward(self, output, pids):
         return output.features.sum()
 """
-# Plugin's name -> its module's text, and what its listing has to say.
+# Plugin's name -> its module's text, and a part of its error in the listing.
 BROKEN = {
     "imports": ("import no_such_module_at_all\n", "No module named 'no_such_module_at_all'"),
     "syntax": ("def broken(:\n", "SyntaxError: "),
@@ -77,7 +77,7 @@ def python(code: str, folder: Path, *arguments: str, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example plugin, built and installed into a folder of its own."""
+    """The example plugin, built and installed into a separate folder."""
     pytest.importorskip("hatchling")
     pytest.importorskip("pip")
     target = tmp_path_factory.mktemp("site")
@@ -291,7 +291,7 @@ def test_two_plugins_of_the_same_name_are_both_kept(tmp_path: Path) -> None:
     assert listed.strip() == "['OSError: first', None]"
 
 
-def test_nobody_takes_our_names_by_calling_a_plugin_builtin(tmp_path: Path) -> None:
+def test_a_plugin_called_builtin_cannot_take_the_names_of_ours(tmp_path: Path) -> None:
     fake_distribution(tmp_path, "aaa", BROKEN["taken"][0])
     points = tmp_path / "aaa-1.0.dist-info/entry_points.txt"
     points.write_text(f"[{GROUP}]\nbuiltin = aaa_module\n")
@@ -342,7 +342,7 @@ def test_an_unknown_plugin_in_the_variable_is_an_error(crowded: Path) -> None:
     assert said == "REIDREG_PLUGINS: no plugin 'exampel'; did you mean 'example'?"
 
 
-def test_without_plugins_a_configuration_says_what_it_misses(reidreg: Command) -> None:
+def test_without_plugins_the_error_names_the_missing_part(reidreg: Command) -> None:
     result = reidreg("fit", "--config", "quickstart", REIDREG_PLUGINS="")
     assert result.returncode == 2
     assert result.stderr == "reidreg fit: dataset.name: no dataset is registered as 'synthetic'\n"
@@ -355,7 +355,7 @@ def test_plugins_are_loaded_once() -> None:
     assert all(plugin.seconds >= 0 for plugin in first)
 
 
-def test_a_plugin_imported_by_hand_first_is_still_the_origin_of_its_parts() -> None:
+def test_a_plugin_imported_directly_is_still_the_origin_of_its_parts() -> None:
     code = (
         "import reidreg_plugins\nfrom reidreg import LOSSES\n"
         "print(LOSSES.plugin('triplet').name, len(LOSSES))"

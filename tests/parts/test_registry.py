@@ -132,21 +132,21 @@ def test_the_same_class_again_is_a_notebook_cell_run_twice(parts: Registry[Part]
     assert first is not second and parts["hub"] is second
 
 
-def test_an_unknown_name_gives_the_nearest(parts: Registry[Part]) -> None:
+def test_an_unknown_name_suggests_the_nearest(parts: Registry[Part]) -> None:
     with pytest.raises(UnknownNameError) as caught:
         parts["weel"]
     assert str(caught.value) == "no part is registered as 'weel'; did you mean 'wheel'?"
 
 
-def test_an_unknown_name_that_is_near_to_none_gives_all(parts: Registry[Part]) -> None:
+def test_an_unknown_name_that_is_near_to_none_lists_all(parts: Registry[Part]) -> None:
     with pytest.raises(UnknownNameError, match="'qqq'; known: axle, wheel"):
         parts.build("qqq")
     with pytest.raises(UnknownNameError, match="'qqq'"):
         parts.plugin("qqq")
 
 
-def test_an_unknown_name_is_an_error_and_no_default_of_a_mapping(parts: Registry[Part]) -> None:
-    # An error of the configuration is no KeyError, so `get` does not swallow it.
+def test_get_of_an_unknown_name_is_an_error_and_not_a_default(parts: Registry[Part]) -> None:
+    # A ConfigError is not a KeyError, so `get` does not swallow it.
     with pytest.raises(UnknownNameError):
         parts.get("weel")
 
@@ -339,20 +339,23 @@ class NoPart:
         (Untyped, "Untyped.__init__: option 'spokes' has no type"),
         (Keywords, "Keywords.__init__ takes *options; name each option"),
         (Positions, "Positions.__init__ takes *options; name each option"),
-        (ByPosition, "ByPosition.__init__ takes 'spokes' by position alone"),
-        (NameIsOurs, "option 'name' needs another name"),
+        (ByPosition, "ByPosition.__init__ takes 'spokes' by position only"),
+        (NameIsOurs, "the name of option 'name' is reserved"),
         (TakesAnything, "option 'what' is of type Any"),
         (TakesClass, "option 'what' is of type"),
         (TakesObject, "option 'what' is of type Part or null"),
         (TakesSequence, "option 'what' is of type Sequence"),
         (BareList, "option 'what' is of type list"),
         (WrongDefault, "option 'margin' is a number, and its default None is not"),
-        (MissingType, "its types are not there at run time (name 'NotImported' is not defined)"),
+        (
+            MissingType,
+            "its types cannot be resolved at run time (name 'NotImported' is not defined)",
+        ),
         (NoPart, "does not extend reidreg.Part"),
         (len, "does not extend reidreg.Part"),
     ],
 )
-def test_a_class_that_is_no_schema_is_refused_at_registration(
+def test_a_class_that_is_not_a_schema_is_refused_at_registration(
     parts: Registry[Part], part: Any, message: str
 ) -> None:
     with pytest.raises(PluginError) as caught:
@@ -366,7 +369,7 @@ def test_a_loss_has_no_option_weight_since_a_term_has_one() -> None:
         def __init__(self, weight: float = 1.0) -> None:
             super().__init__()
 
-    with pytest.raises(PluginError, match="option 'weight' needs another name"):
+    with pytest.raises(PluginError, match="the name of option 'weight' is reserved"):
         LOSSES.register("weighted")(Weighted)
     assert "weighted" not in LOSSES
 
@@ -464,7 +467,7 @@ def test_a_value_outside_is_refused_with_what_is_allowed(
     optional=st.booleans(),
     position=st.integers(0, 2),
 )
-def test_an_interval_holds_wherever_it_stands(
+def test_an_interval_holds_at_any_depth(
     value: float, low: float, width: float, optional: bool, position: int
 ) -> None:
     inner: Any = Annotated[float, Interval(ge=low, lt=low + width)]

@@ -412,4 +412,4 @@ def test_evaluate_writes_a_report_of_feature_files(
     text = (tmp_path / "out/report/index.html").read_text()
     assert "query.npz" in text and 'id="scores"' in text and 'class="row"' in text
     refused = reidreg_here("evaluate", *files, "--report")
-    assert refused.returncode == 2 and "say with --output DIR" in refused.stderr
+    assert refused.returncode == 2 and "--report needs --output DIR" in refused.stderr

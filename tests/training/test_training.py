@@ -554,7 +554,7 @@ def test_freezing_nothing_or_everything_is_refused(
 
 
 def test_what_is_frozen_is_an_expression(tiny: Values) -> None:
-    with pytest.raises(ConfigError, match=r"train\.freeze: '\(' is no expression"):
+    with pytest.raises(ConfigError, match=r"train\.freeze: '\(' is not a regular expression"):
         configure(tiny, train__freeze=["("])
 
 
