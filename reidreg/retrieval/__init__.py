@@ -1,7 +1,7 @@
 """Retrieval: from query and gallery features to figures, without a model or a configuration.
 
-The doors are `match_positions` (ranking) with `retrieval_figures` (metrics); `ranked_lists` and the
-searches of an index (index_search); re-ranking, query expansion, single-shot, verification, camera
-and bootstrap figures, each in the module of its name. They share the exact arithmetic of distances
-and the rule of what counts as a match (matching).
+An evaluation enters by `match_positions` and `retrieval_figures`, `ranked_lists`, `rerank_rows`,
+`expand_queries`, `single_shot_positions`, `verification_figures`, `camera_pairs`,
+`bootstrap_intervals` and `check_matchable`; an index enters by the module `index_search`. All use
+the exact distances of `distances` and the rule in `matching` of what counts as a match.
 """
