@@ -2,12 +2,11 @@
 
     python benchmarks/fit.py                       # ResNet-50, batches of 32: some minutes
     python benchmarks/fit.py --size 128 64 --processes 4 --threads 4
-    python benchmarks/fit.py --backbone timm --model vit_tiny_patch16_224 --drop 0.1
+    python benchmarks/fit.py --backbone timm --model vit_tiny_patch16_224
 
 One process with all threads, and several that share them and exchange gradients by gloo, make the
 same steps of the same global batch on the CPU. All are there the whole time and take turns, so that
-a machine which changes its speed changes it for both; the fastest turn of either counts. With
---drop the several also take turns with masks of their own: what those of the whole batch cost.
+a machine which changes its speed changes it for both; the fastest turn of either counts.
 """
 
 from __future__ import annotations
@@ -44,11 +43,6 @@ def main() -> None:
         works = {
             "one process": lambda steps: turn(alone, batch, steps, options.threads),
             f"{options.processes} processes": lambda steps: together(workers, steps),
-            **(
-                {"each with a mask of its own": lambda steps: together(workers, steps, apart=True)}
-                if options.drop
-                else {}
-            ),
             # What one core makes of it alone, without waiting for anybody.
             "one process, its share of the threads": lambda steps: turn(alone, batch, steps, share),
         }
@@ -60,7 +54,7 @@ def main() -> None:
                 seconds = work(options.steps)
                 costs[name] = min(costs[name][0], seconds[0]), min(costs[name][1], seconds[1])
         for connection in workers:
-            connection.send((0, False))
+            connection.send(0)
     print(
         f"{options.model or options.backbone}, {options.size[0]} x {options.size[1]}, "
         f"batches of {options.batch}, "
@@ -77,7 +71,6 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--model", help="of the backbone timm")
-    parser.add_argument("--drop", type=float, default=0.0, help="rate of every dropout")
     parser.add_argument("--size", type=int, nargs=2, default=[256, 128])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--precision", default="fp32")
@@ -100,9 +93,6 @@ def make_ready(options: argparse.Namespace, folder: Path) -> Run:
         keys |= {"backbone.model": options.model, "backbone.pretrained": "none"}
     run = make_run(options, folder, keys)
     run.model.train()
-    for module in run.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = options.drop
     run.network.begin()
     return run
 
@@ -131,10 +121,10 @@ def start(options: argparse.Namespace, folder: str) -> list[Connection]:
     return connections
 
 
-def together(connections: list[Connection], steps: int, apart: bool = False) -> tuple[float, float]:
+def together(connections: list[Connection], steps: int) -> tuple[float, float]:
     """The seconds that steps take in all processes: of the slowest, and of all their CPUs."""
     for connection in connections:
-        connection.send((steps, apart))
+        connection.send(steps)
     seconds, used = zip(*(connection.recv() for connection in connections), strict=True)
     return max(seconds), sum(used)
 
@@ -152,12 +142,10 @@ def work(
         run = make_ready(options, Path(folder))
         batch = make_batch(options, run)
         connection.send("ready")
-        draws = run.network._draws
         while True:
-            steps, apart = connection.recv()
+            steps = connection.recv()
             if not steps:
                 break
-            run.network._draws = None if apart else draws
             wait()
             cost = turn(run, batch, steps, share)
             wait()

@@ -1,4 +1,4 @@
-"""The global random generators: seeded, kept and set again, and the same in all processes."""
+"""The global random generators: seeded, for each rank differently, saved and restored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from reidreg.distributed.group import broadcast, world
+from reidreg.distributed.group import world
 
 
 def seed_everything(seed: int) -> None:
@@ -20,11 +20,13 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_process(seed: int, step: int = 0) -> None:
-    """Have this process draw other numbers than all others, and than at any other step.
+    """Seed every generator with a run's seed, this process's rank and a step.
+
+    So each rank draws other numbers, and the same ones whenever the run is repeated.
 
     Args:
-        seed: Of the run.
-        step: Where the numbers begin.
+        seed: The run's seed.
+        step: The step at which the numbers begin.
     """
     own = np.random.SeedSequence((seed, world().rank, step)).generate_state(1)
     seed_everything(int(own[0]))
@@ -53,20 +55,3 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     for index, saved in enumerate(state.get("cuda", [])):
         if index < torch.cuda.device_count():
             torch.cuda.set_rng_state(saved, index)
-
-
-def draw_alike(device: torch.device) -> None:
-    """Have every process draw on from where the first one stands.
-
-    The first may have drawn alone meanwhile: as it loaded weights, or as an evaluator ranked.
-
-    Args:
-        device: Where this process trains; CUDA's generators are one for each device.
-    """
-    if world().size == 1:
-        return
-    state = random_state()
-    state.pop("cuda", None)
-    set_random_state(broadcast(state))
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(broadcast(torch.cuda.get_rng_state(device)), device)

@@ -18,7 +18,6 @@ from reidreg.distributed.gradients import (
     gather_rows,
 )
 from reidreg.distributed.group import world
-from reidreg.distributed.shared_rng import SharedDraws
 from reidreg.logs.step_phases import NO_LISTENER, StepListener
 from reidreg.machine.devices import autocast
 from reidreg.model.model import Model
@@ -34,9 +33,6 @@ class Network:
     torch's DistributedDataParallel averages them while the backward pass still computes. It has to
     know beforehand whether some parameters get none, and to look for those in every step costs
     time: the first step, in which gradients are averaged afterwards, shows it.
-
-    What the model draws at random, it draws for the batch of all processes. A compiled model does
-    not: its operations are torch's own then.
 
     Args:
         model: The model, on its device, the same in every process.
@@ -56,7 +52,6 @@ class Network:
     ) -> None:
         called: Any = torch.compile(model) if compiled else model
         self._losses = ModelWithLosses(called, objective, dtype, gathered)
-        self._draws = None if compiled else SharedDraws(model)
         self._parallel: DistributedDataParallel | None = None
         self._trained: list[nn.Parameter] = []
 
@@ -65,12 +60,10 @@ class Network:
         self._losses.phases = phases
 
     def begin(self) -> None:
-        """Look at which parameters are trained, and what draws; both may have changed."""
+        """Look at which parameters are trained, which may have changed."""
         trained = [p for p in self._losses.parameters() if p.requires_grad]
         if list(map(id, trained)) != list(map(id, self._trained)):
             self._trained, self._parallel = trained, None
-        if self._draws is not None:
-            self._draws.begin()
 
     def __call__(self, batch: Batch) -> Losses:
         """Compute the weighted loss, every term without its weight, and the model's logits.
@@ -78,8 +71,6 @@ class Network:
         Args:
             batch: This process's share, on the device.
         """
-        if self._draws is not None:
-            self._draws.expect(len(batch.pids))
         losses: Losses = (self._parallel or self._losses)(batch.images, batch.pids, batch.camids)
         return losses
 
@@ -90,11 +81,8 @@ class Network:
         Args:
             now: Average the gradients that have come together; False adds them up here.
         """
-        with contextlib.ExitStack() as stack:
-            if self._draws is not None:
-                stack.enter_context(self._draws.shared())
-            if self._parallel is not None and not now:
-                stack.enter_context(self._parallel.no_sync())
+        parallel = self._parallel
+        with contextlib.nullcontext() if parallel is None or now else parallel.no_sync():
             yield
         if self._parallel is None and now and world().size > 1 and self._trained:
             self._average_afterwards()

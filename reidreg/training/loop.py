@@ -25,7 +25,6 @@ from reidreg.distributed.group import (
     wait,
     world,
 )
-from reidreg.distributed.random_state import draw_alike
 from reidreg.errors import ConfigError, DataError, DeviceError, InterruptedRun
 from reidreg.evaluation.evaluate import evaluate_dataset, write_metrics
 from reidreg.evaluation.figures import log_figures
@@ -215,8 +214,6 @@ def train_epoch(
     run.model.train()
     run.freezer.begin(progress.epoch)
     run.network.begin()
-    if not run.config.train.compile:
-        draw_alike(run.embedder.device)
     steps = len(run.sampler)
     with ProgressBar(f"epoch {progress.epoch + 1}/{config.epochs}", steps) as bar:
         bar.report(progress.batch, steps)

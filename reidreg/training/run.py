@@ -182,8 +182,8 @@ def build_run(config: Config) -> Run:
         rank=world().rank,
         world_size=world().size,
     )
-    if config.train.compile and not world().is_main:
-        seed_process(config.train.seed)  # a compiled model draws for each process apart
+    if not world().is_main:  # from here on each rank draws its own dropout masks
+        seed_process(config.train.seed)
     return Run(
         config=config,
         dataset=dataset,

@@ -11,11 +11,7 @@ from torch.optim import Optimizer
 
 from reidreg.config.sections import plain
 from reidreg.distributed.group import gather, world
-from reidreg.distributed.random_state import (
-    random_state,
-    seed_process,
-    set_random_state,
-)
+from reidreg.distributed.random_state import random_state, seed_process, set_random_state
 from reidreg.errors import CheckpointError
 from reidreg.logs.console import logger
 from reidreg.model.checkpoint import Checkpoint
@@ -102,8 +98,7 @@ def restore_own(run: Run, states: Sequence[Mapping[str, Any]]) -> None:
     as_many = len(states) == here.size
     state = states[here.rank] if as_many else states[0]
     set_random_state(state["random"])
-    alike = torch.equal(state["random"]["torch"], states[0]["random"]["torch"])
-    if run.config.train.compile and alike and not here.is_main:
+    if not as_many and not here.is_main:  # two ranks must not draw the same masks
         seed_process(run.config.train.seed, run.progress.step)
     if as_many:
         run.meter.load_state_dict(state["meter"])

@@ -14,10 +14,9 @@ from torch.optim import Optimizer
 from reidreg.config.sections import OptimizerConfig
 from reidreg.distributed.random_state import random_state, set_random_state
 from reidreg.model.model import Model
-from reidreg.training.forward import Network
+from reidreg.training.forward import ModelWithLosses
 from reidreg.training.objective import Objective
 from reidreg.training.optimizers import make_optimizer
-from reidreg.values import Batch
 
 
 class Memory(Protocol):
@@ -69,12 +68,10 @@ class Trial:
         self.model.train()
         images = torch.randn(len(pids), 3, *self.size, device=self.device)
         images = images.contiguous(memory_format=torch.channels_last)
-        # As in training: masks of the whole batch take memory, too.
-        network = Network(self.model, self.objective, self.dtype)
-        network.begin()
-        with network.averaging(now=False):  # this process steps alone
-            loss, _, _ = network(Batch(images, pids, torch.zeros_like(pids)))
-            loss.backward()  # type: ignore[no-untyped-call]
+        # With this process's images alone, also where losses see the batch of all processes.
+        step = ModelWithLosses(self.model, self.objective, self.dtype, gathered=False)
+        loss, _, _ = step(images, pids, torch.zeros_like(pids))
+        loss.backward()
 
     def reckon(self, pids: Tensor, memory: Memory) -> int | None:
         """What `need` would be where a whole step cannot be made: a line through two smaller ones.

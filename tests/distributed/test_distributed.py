@@ -11,13 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_training import differing, lines_of
 from torch import Tensor, nn
 
 from conftest import as_flags
@@ -48,10 +46,10 @@ from reidreg.model.model import build_model
 from reidreg.parts.interfaces import Sampler
 from reidreg.training.forward import Network
 from reidreg.training.objective import Objective
+from runs import Values, at_most_apart, differing, killed_and_resumed, lines_of, trained
 from worlds import in_processes, started
 
 CPU = torch.device("cpu")
-Values = dict[str, Any]
 
 
 # --------------------------------------------------------------------- samplers
@@ -349,16 +347,6 @@ WHOLE = {"train.gather": True, "train.sync_batchnorm": True}
 CENTER = {"losses.center.name": "center", "losses.center.weight": 0.0005}
 
 
-def trained(values: Values, resume: str | None = None) -> Values:
-    return fit(load_config("aihub_kaist", values), resume)
-
-
-def at_most_apart(one: list[dict[str, float]], other: list[dict[str, float]], rel: float) -> None:
-    assert len(one) == len(other) > 0
-    for line, same in zip(one, other, strict=True):
-        assert line == pytest.approx(same, rel=rel, abs=1e-6)
-
-
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_make_the_run_that_one_makes(
     small: Values, tmp_path: Path, size: int
@@ -375,21 +363,6 @@ def test_several_processes_make_the_run_that_one_makes(
     one = load_checkpoint(tmp_path / "one/checkpoints/last.ckpt")
     both = load_checkpoint(tmp_path / "all/checkpoints/last.ckpt")
     assert one.model.keys() == both.model.keys()
-
-
-def killed_and_resumed(
-    values: Values, size: int, step: str, train: Callable[..., Any] = trained
-) -> None:
-    """Kill all processes of a run once its log shows a step, and let others end it."""
-    log = Path(values["output_dir"]) / "train.log"
-    with started(size, train, values) as processes:
-        deadline = time.monotonic() + 60
-        while not (log.exists() and step in log.read_text()):
-            assert time.monotonic() < deadline and all(p.is_alive() for p, _ in processes)
-            time.sleep(0.01)
-        for process, _ in processes:
-            process.kill()
-    in_processes(size, train, values, "auto")
 
 
 def test_a_killed_run_of_two_processes_goes_on_to_the_same_bits(

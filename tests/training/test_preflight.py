@@ -20,12 +20,9 @@ from reidreg import (
     load_checkpoint,
     load_config,
 )
-from reidreg.distributed import group as distributed
-from reidreg.distributed import shared_rng as shared_draws
 from reidreg.distributed.random_state import random_state
 from reidreg.errors import ConfigError, DataError, DeviceError
 from reidreg.machine.memory import GIB
-from reidreg.machine.world import World
 from reidreg.training import preflight as preflight_module
 from reidreg.training.optimizers import make_optimizer
 from reidreg.training.preflight import check_memory, handful, rehearse_evaluation, spread
@@ -175,26 +172,6 @@ def test_parts_of_a_batch_are_what_is_tried(run: Run, monkeypatch: pytest.Monkey
     monkeypatch.setattr(run, "config", config)
     check_memory(run, memory)
     assert memory.tried == [4]
-
-
-def test_masks_are_tried_as_large_as_several_processes_draw_them(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn = []
-    widened = shared_draws._widened
-
-    def noted(own: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        whole = widened(own, *arguments, **options)
-        drawn.append((len(own), len(whole)))
-        return whole
-
-    monkeypatch.setattr(shared_draws, "_widened", noted)
-    monkeypatch.setattr(distributed, "_world", World(1, 2))
-    dropout = torch.nn.Dropout(0.5)
-    handle = run.model.backbone.register_forward_hook(lambda _, __, maps: dropout(maps))
-    check_memory(run, FakeMemory(available=100))
-    handle.remove()
-    assert drawn == [(8, 16)]
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "lamb", "lion", "adafactor"])

@@ -25,48 +25,11 @@ from reidreg.training.divergence import Guard
 from reidreg.training.loop import train_step
 from reidreg.training.run import Run, build_run, start_weights
 from reidreg.training.state import capture
-
-Values = dict[str, Any]
-# What differs between two runs of the same numbers.
-OF_THE_MOMENT = {"train/images_per_second", "train/data_wait", "train/peak_memory_gib"}
+from runs import Values, differing, lines_of
 
 
 def configure(tiny: Values, **changes: Any) -> Config:
     return load_config("aihub_kaist", tiny, {k.replace("__", "."): v for k, v in changes.items()})
-
-
-def lines_of(folder: Path) -> list[dict[str, float]]:
-    text = (folder / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in line.items() if k not in OF_THE_MOMENT} for line in lines]
-
-
-def flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """A tree as its leaves by path, for a comparison that names what differs."""
-    if isinstance(tree, dict):
-        return {k: v for key in tree for k, v in flat(tree[key], f"{path}/{key}").items()}
-    if isinstance(tree, (list, tuple)):
-        return {k: v for i, x in enumerate(tree) for k, v in flat(x, f"{path}/{i}").items()}
-    return {path: tree}
-
-
-def differing(one: Path, other: Path) -> list[str]:
-    """The leaves in which two checkpoints are not the same bits."""
-    trees = []
-    for path in (one, other):
-        checkpoint = load_checkpoint(path)
-        config = {**checkpoint.config, "output_dir": "", "train": {}}
-        trees.append(flat({**vars(checkpoint), "config": config, "labels": None}))
-    assert trees[0].keys() == trees[1].keys()
-    return [
-        key
-        for key, value in trees[0].items()
-        if not (
-            torch.equal(value, trees[1][key])
-            if isinstance(value, torch.Tensor)
-            else value == trees[1][key]
-        )
-    ]
 
 
 def test_a_run_leaves_the_files_that_are_promised(tiny: Values) -> None:
