@@ -145,7 +145,7 @@ class TrainConfig:
             and kept as `best`; 0 for none, otherwise for example 0.999.
         gather: With several processes, compute every loss on the batch of all of them instead of on
             each process's share.
-        sync_batchnorm: With several processes, normalise over the batch of all of them.
+        sync_batchnorm: With several processes on CUDA, normalise over the batch of all of them.
         rank_timeout: Seconds that processes wait for each other within a step before all end.
         freeze: Regular expressions; parameters whose names they match are not trained at first.
         freeze_epochs: Epochs during which they are not trained.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +24,6 @@ from reidreg.distributed.random_state import (
     seed_process,
 )
 from reidreg.distributed.same_run import check_same_run
-from reidreg.distributed.sync_batchnorm import synchronise_batchnorm
 from reidreg.errors import ConfigError, DataError
 from reidreg.logs.console import logger
 from reidreg.machine.devices import choose_device
@@ -121,7 +121,7 @@ def build_learner(config: Config, labels: Labels) -> Learner:
     """Build what learns to tell the people of `labels` apart; weights are random."""
     model = build_model(config, labels)
     if config.train.sync_batchnorm and world().size > 1:
-        synchronise_batchnorm(model, choose_device(config.train.device))
+        synchronise_batchnorm(model)
     embedder = make_embedder(model, labels, config)
     objective = build_objective(config, labels, model.head.dim).to(embedder.device)
     parameters = [*model.named_parameters(), *objective.shared_parameters()]
@@ -129,6 +129,22 @@ def build_learner(config: Config, labels: Labels) -> Learner:
     scales = layer_scales(model, layer_decay) if layer_decay is not None else {}
     optimizer = make_optimizer(config.optimizer, parameters, scales)
     return Learner(model, embedder, objective, optimizer)
+
+
+def check_device(config: Config) -> None:
+    """Raise DeviceError or ConfigError for a device that cannot train this configuration."""
+    device = choose_device(config.train.device)
+    if config.train.sync_batchnorm and world().size > 1 and device.type != "cuda":
+        raise ConfigError(
+            f"train.sync_batchnorm: with several processes it needs CUDA, and this run uses "
+            f"{device.type}; set it to false"
+        )
+
+
+def synchronise_batchnorm(model: nn.Module) -> None:
+    """Have batch normalisation average over all processes; parameters and their names stay."""
+    layers: Any = importlib.import_module("timm.layers")  # knows timm's own kinds too
+    layers.convert_sync_batchnorm(model)
 
 
 def read_training_set(config: Config) -> tuple[Dataset, list[Sample]]:
@@ -141,7 +157,7 @@ def read_training_set(config: Config) -> tuple[Dataset, list[Sample]]:
 def build_run(config: Config) -> Run:
     """Build every part of a run; weights are random, and the data's labels are checked."""
     seed_everything(config.train.seed)
-    choose_device(config.train.device)  # a missing one is said before the data are read
+    check_device(config)  # before the data are read
     evaluator = EVALUATORS.build(config.evaluator.name, **config.evaluator.options)
     dataset, samples = read_training_set(config)
     with main_first():

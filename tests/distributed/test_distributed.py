@@ -37,7 +37,6 @@ from reidreg.distributed.group import (
     joined,
     world,
 )
-from reidreg.distributed.sync_batchnorm import SynchronisedBatchNorm, synchronise_batchnorm
 from reidreg.errors import ConfigError, DataError, RankError
 from reidreg.evaluation.evaluate import evaluate_checkpoint
 from reidreg.machine.world import World
@@ -46,6 +45,7 @@ from reidreg.model.model import build_model
 from reidreg.parts.interfaces import Sampler
 from reidreg.training.forward import Network
 from reidreg.training.objective import Objective
+from reidreg.training.run import build_run
 from runs import Values, at_most_apart, differing, killed_and_resumed, lines_of, trained
 from worlds import in_processes, started
 
@@ -124,14 +124,19 @@ def test_a_shared_sampler_resumes_as_the_sampler_itself_does() -> None:
 
 
 class _Small(nn.Module):
-    """A model in small: images to all that losses see, with a layer that nothing uses."""
+    """A small model: images to all that losses see, with a layer that nothing uses.
 
-    def __init__(self, branches: bool) -> None:
+    Args:
+        branches: Whether the output has branches.
+        by_batch: Normalise over the batch, and not over the channels of an image.
+    """
+
+    def __init__(self, branches: bool, by_batch: bool = True) -> None:
         super().__init__()
         self.branches = branches
         self.conv = nn.Conv2d(3, 6, 3)
-        self.norm = nn.BatchNorm2d(6)
-        self.neck = nn.BatchNorm1d(6)
+        self.norm: nn.Module = nn.BatchNorm2d(6) if by_batch else nn.GroupNorm(2, 6)
+        self.neck: nn.Module = nn.BatchNorm1d(6) if by_batch else nn.GroupNorm(2, 6)
         self.classifier = nn.Linear(6, 4, bias=False)
         self.unused = nn.Linear(2, 2)
 
@@ -160,11 +165,10 @@ def small_batch() -> tuple[Tensor, Tensor]:
 def small_gradients(parts: int, shared: bool, branches: bool, steps: int = 2) -> dict[str, Tensor]:
     """The gradients of a step, in this process's place of the world."""
     torch.manual_seed(0)
-    model: Any = _Small(branches)
+    # The statistics of a share of a batch are other ones.
+    model: Any = _Small(branches, by_batch=not shared)
     objective = small_objective(branches)
     with joined(CPU, 20.0) as place:
-        if shared:
-            synchronise_batchnorm(model, CPU)
         network = Network(model, objective, torch.float32, gathered=shared)
         images, pids = small_batch()
         own = place.share(16)
@@ -239,59 +243,23 @@ def test_what_is_not_used_or_freed_later_is_averaged_as_it_should_be() -> None:
 # --------------------------------------------------------------------- batch normalisation
 
 
-def normalise(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    torch.manual_seed(1)
-    with joined(CPU, 20.0) as place:
-        layers = nn.Sequential(nn.BatchNorm2d(5, momentum=None), nn.Flatten(), nn.BatchNorm1d(45))
-        names = list(layers.state_dict())
-        layers = synchronise_batchnorm(layers, CPU)
-        assert names == list(layers.state_dict())
-        rows = (torch.randn(12, 5, 3, 3) * 2 + 7)[place.share(12)].to(dtype).requires_grad_()
-        result = layers(rows)
-        assert result.dtype == dtype
-        result.float().pow(3).sum().backward()
-        assert rows.grad is not None
-        state = {name: value.clone() for name, value in layers.state_dict().items()}
-        return result.detach(), rows.grad, state
+def refused(values: Values) -> str:
+    with joined(CPU, 20.0):
+        try:
+            build_run(load_config("aihub_kaist", values))
+        except ConfigError as error:
+            return str(error)
+        return "built"
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"]
-)
-def test_synchronised_normalisation_is_that_of_the_whole_batch(
-    dtype: torch.dtype, tolerance: float
+def test_synchronised_batch_normalisation_needs_cuda_where_there_are_several_processes(
+    tiny: Values,
 ) -> None:
-    # Four processes of three rows: alone, each would normalise by other statistics.
-    parts = in_processes(4, normalise, dtype)
-    torch.manual_seed(1)
-    layers = nn.Sequential(nn.BatchNorm2d(5, momentum=None), nn.Flatten(), nn.BatchNorm1d(45))
-    rows = (torch.randn(12, 5, 3, 3) * 2 + 7).to(dtype).double().requires_grad_()
-    layers.double()
-    result = layers(rows)
-    result.pow(3).sum().backward()
-    assert rows.grad is not None
-    found = torch.cat([part[0] for part in parts]).double()
-    slope = torch.cat([part[1] for part in parts]).double()
-    torch.testing.assert_close(found, result.detach(), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(slope, rows.grad, rtol=tolerance, atol=50 * tolerance)
-    for name, value in layers.state_dict().items():
-        for _, _, state in parts:
-            torch.testing.assert_close(
-                state[name].to(value.dtype), value, rtol=1e-4, atol=tolerance
-            )
-
-
-def test_timms_normalisation_with_activation_can_be_synchronised_and_others_are_refused() -> None:
-    from timm.layers import BatchNormAct2d
-
-    norm = BatchNormAct2d(4)
-    model = nn.Sequential(norm)
-    synchronise_batchnorm(model, CPU)
-    rows = torch.randn(6, 4, 2, 2)
-    assert isinstance(model[0], SynchronisedBatchNorm)
-    torch.testing.assert_close(model(rows), nn.BatchNorm2d(4)(rows).relu())
-    with pytest.raises(ConfigError, match=r"train\.sync_batchnorm: LazyBatchNorm2d"):
-        synchronise_batchnorm(nn.Sequential(nn.LazyBatchNorm2d()), CPU)
+    values = {**tiny, "train.sync_batchnorm": True, "train.device": "cpu"}
+    assert refused(values) == "built"
+    for line in in_processes(2, refused, values):
+        assert line.startswith("train.sync_batchnorm: ") and "CUDA" in line and "\n" not in line
+        assert "set it to false" in line
 
 
 # --------------------------------------------------------------------- extraction and evaluation
@@ -343,26 +311,58 @@ def test_evaluation_is_shared_and_its_cache_too(small: Values, tmp_path: Path) -
 
 # --------------------------------------------------------------------- whole runs
 
-WHOLE = {"train.gather": True, "train.sync_batchnorm": True}
 CENTER = {"losses.center.name": "center", "losses.center.weight": 0.0005}
+# Models that compute each image by itself, as long as they are trained.
+INDEPENDENT: dict[str, Values] = {
+    "without": {"backbone.model": "test_vit", "head": {"name": "linear"}},
+    "frozen": {"train.freeze": ["conv1", "bn", "downsample", "neck"], "train.freeze_epochs": 9},
+}
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def checked(values: Values, resume: str | None = None) -> Values:
+    """As `trained`, for a run in which no batch normalisation is trained."""
+    figures = trained(values, resume)
+    model = load_checkpoint(Path(values["output_dir"]) / "checkpoints/last.ckpt").model
+    assert not any(value.any() for key, value in model.items() if key.endswith("running_mean"))
+    return figures
+
+
+@pytest.mark.parametrize(
+    ("size", "model"),
+    [(2, "without"), (2, "frozen"), pytest.param(4, "without", marks=pytest.mark.slow)],
+)
 def test_several_processes_make_the_run_that_one_makes(
-    small: Values, tmp_path: Path, size: int
+    small: Values, tmp_path: Path, size: int, model: str
 ) -> None:
-    values = {**small, **WHOLE, **CENTER, "train.log_every": 1, "train.epochs": 2}
-    figures = trained({**values, "output_dir": str(tmp_path / "one")})
-    shared = in_processes(size, trained, {**values, "output_dir": str(tmp_path / "all")})
-    # Sums of other order differ by 1e-7, and every step of a network with batch normalisation on
-    # eight images makes more of it: ten steps leave three to four digits of the losses.
-    at_most_apart(lines_of(tmp_path / "all"), lines_of(tmp_path / "one"), rel=2e-3)
+    values = {**small, **INDEPENDENT[model], **CENTER, "train.gather": True}
+    values |= {"train.log_every": 1, "train.epochs": 2}
+    figures = checked({**values, "output_dir": str(tmp_path / "one")})
+    shared = in_processes(size, checked, {**values, "output_dir": str(tmp_path / "all")})
+    # Sums of other order differ by 1e-7, and every step makes more of it.
+    at_most_apart(lines_of(tmp_path / "all"), lines_of(tmp_path / "one"), rel=1e-4)
     assert all(found == shared[0] for found in shared)
     assert shared[0]["mAP"] == pytest.approx(figures["mAP"], abs=0.02)
     assert shared[0]["num_valid_queries"] == figures["num_valid_queries"]
     one = load_checkpoint(tmp_path / "one/checkpoints/last.ckpt")
     both = load_checkpoint(tmp_path / "all/checkpoints/last.ckpt")
     assert one.model.keys() == both.model.keys()
+
+
+def test_another_number_of_processes_goes_on_to_the_same_figures(
+    small: Values, tmp_path: Path
+) -> None:
+    values = {**small, **INDEPENDENT["without"], "train.gather": True}
+    values |= {"train.log_every": 1, "train.epochs": 2}
+    trained({**values, "output_dir": str(tmp_path / "whole")})
+    cut = {**values, "output_dir": str(tmp_path / "cut")}
+    trained({**cut, "train.epochs": 1})
+    in_processes(2, trained, cut, "auto")
+    assert "resumed by 2 processes, saved by 1" in (tmp_path / "cut/train.log").read_text()
+    at_most_apart(
+        [line for line in lines_of(tmp_path / "cut") if "train/loss" in line],
+        [line for line in lines_of(tmp_path / "whole") if "train/loss" in line],
+        rel=1e-4,
+    )
 
 
 def test_a_killed_run_of_two_processes_goes_on_to_the_same_bits(

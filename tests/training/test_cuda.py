@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,14 +25,13 @@ from conftest import small_run
 from pretended import MixedDevices, Pretended, Race, Stream, pretended_cuda
 from reidreg import LOSSES, device_memory, fit, load_checkpoint, load_config
 from reidreg.distributed.group import joined
-from reidreg.distributed.sync_batchnorm import synchronise_batchnorm
 from reidreg.errors import DeviceError
 from reidreg.machine.devices import choose_precision
 from reidreg.machine.gpu_memory import Holder, describe_shortage
 from reidreg.training.batch_size import with_batch_size
 from reidreg.training.loop import train_step
 from reidreg.training.profiling import WARM_UP, Profile, Stopwatch
-from reidreg.training.run import Run, build_run
+from reidreg.training.run import Run, build_run, synchronise_batchnorm
 from reidreg.values import Batch, Output
 
 # What a step can do more than the guide's, all at once.
@@ -401,11 +401,24 @@ def test_batch_normalisation_for_devices_keeps_its_parameters_and_names(
     aihub_root: Path, tmp_path: Path
 ) -> None:
     model = built(aihub_root, tmp_path, {}).model
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    synchronise_batchnorm(model, torch.device("cuda"))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    synchronise_batchnorm(model)
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
     assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
     after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert list(after) == list(state)
+    assert all(torch.equal(after[key], value) for key, value in state.items())
+    # An optimizer built before or after holds the same parameters, in the same order.
+    assert list(dict(model.named_parameters())) == list(parameters)
+    assert all(model.get_parameter(name) is found for name, found in parameters.items())
     assert not model.get_parameter("head.neck.bias").requires_grad
+
+
+def test_timms_batch_normalisation_keeps_its_activation() -> None:
+    model = torch.nn.Sequential(BatchNormAct2d(4))
+    rows = torch.randn(6, 4, 2, 2)
+    expected = model.eval()(rows)
+    synchronise_batchnorm(model)
+    assert isinstance(model[0], torch.nn.SyncBatchNorm)
+    assert expected.min() == 0 and torch.equal(model(rows), expected)
