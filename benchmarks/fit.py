@@ -93,7 +93,7 @@ def make_ready(options: argparse.Namespace, folder: Path) -> Run:
         keys |= {"backbone.model": options.model, "backbone.pretrained": "none"}
     run = make_run(options, folder, keys)
     run.model.train()
-    run.network.begin()
+    run.forward.begin()
     return run
 
 

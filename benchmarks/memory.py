@@ -29,11 +29,12 @@ from torch.utils._pytree import tree_leaves
 from reidreg import Batch, load_config, load_plugins
 from reidreg.data.labels import Labels
 from reidreg.data.transforms import Augmentation
-from reidreg.training.divergence import Guard
-from reidreg.training.forward import Network
+from reidreg.training.divergence import DivergenceCheck
+from reidreg.training.forward import TrainingForward
 from reidreg.training.loop import train_step
 from reidreg.training.meter import Meter
-from reidreg.training.run import Progress, build_learner
+from reidreg.training.run import Progress
+from reidreg.training.trainable import build_trainable
 
 MIB = 2**20
 BLOCK = 512  # bytes: what torch rounds every tensor's memory on a GPU up to
@@ -106,19 +107,19 @@ def make_run(options: argparse.Namespace) -> Any:
     }
     config = load_config("aihub_kaist", changes)
     labels = Labels(tuple(range(PEOPLE)), tuple(range(CAMERAS)))
-    learner = build_learner(config, labels)
-    learner.model.train()
+    model, embedder, objective, optimizer = build_trainable(config, labels)
+    model.train()
     return SimpleNamespace(
         config=config,
-        network=Network(learner.model, learner.objective, learner.embedder.dtype),
-        embedder=learner.embedder,
-        objective=learner.objective,
-        optimizer=learner.optimizer,
-        parameters=[p for group in learner.optimizer.param_groups for p in group["params"]],
-        parts=[*learner.model.parameters(), *learner.model.buffers()],
-        average=None,
-        scaler=torch.amp.GradScaler("cpu", enabled=learner.embedder.dtype == torch.float16),
-        guard=Guard(torch.device("meta")),  # as on a GPU, it looks when a line is due
+        forward=TrainingForward(model, objective, embedder.dtype),
+        embedder=embedder,
+        objective=objective,
+        optimizer=optimizer,
+        parameters=[p for group in optimizer.param_groups for p in group["params"]],
+        parts=[*model.parameters(), *model.buffers()],
+        ema=None,
+        scaler=torch.amp.GradScaler("cpu", enabled=embedder.dtype == torch.float16),
+        divergence=DivergenceCheck(torch.device("meta")),  # as on a GPU
         meter=Meter(),
         progress=Progress(),
     )

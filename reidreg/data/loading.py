@@ -97,14 +97,14 @@ class TrainLoader:
         return self._pids[list(indices)]
 
     def epoch(
-        self, epoch: int, start: int = 0, phases: StepListener = NO_LISTENER
+        self, epoch: int, start: int = 0, listener: StepListener = NO_LISTENER
     ) -> Iterator[Batch]:
         """The batches of an epoch.
 
         Args:
             epoch: Its number, from 0.
             start: The position of the first batch.
-            phases: Called when a batch goes to the device; not for a CUDA device, where that
+            listener: Called when a batch goes to the device; not for a CUDA device, where that
                 overlaps with the step before.
 
         Raises:
@@ -116,7 +116,7 @@ class TrainLoader:
         self._index_batches.start = start
         if self._device.type == "cuda":
             return _prefetch(self._batches(epoch, start, NO_LISTENER), self._stream, self._device)
-        return self._batches(epoch, start, phases)
+        return self._batches(epoch, start, listener)
 
     @functools.cached_property
     def _stream(self) -> torch.cuda.Stream:
@@ -128,10 +128,10 @@ class TrainLoader:
         stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         return stream
 
-    def _batches(self, epoch: int, start: int, phases: StepListener) -> Iterator[Batch]:
+    def _batches(self, epoch: int, start: int, listener: StepListener) -> Iterator[Batch]:
         loaded = zip(self._pixels(), self._index_batches, strict=True)
         for position, (images, indices) in enumerate(loaded, start=start):
-            phases.begin("host to device")
+            listener.begin("host to device")
             count = len(indices)
             key = (self._seed, epoch, position)
             views = self._augmentation.draw(count * self._world_size, key)

@@ -1,4 +1,4 @@
-"""Callbacks for the phases of a training step; `reidreg.training.profiling` implements them."""
+"""Callbacks for the phases of a training step; `reidreg.training.profiling` times them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ DATA = "data"  # waiting for a batch: the first phase of each step
 
 
 class StepListener:
-    """Is called at each phase of a training step; this base class does nothing."""
+    """Called as each phase of a training step begins; this one does nothing."""
 
     def begin(self, phase: str) -> None:
         """End the current phase, and begin this one."""
 
     def end_step(self) -> None:
-        """End the step, and begin to wait for data."""
+        """End the step, and begin to wait for the next batch."""
 
     def end_epoch(self) -> None:
-        """End the current phase without beginning another: epochs have pauses between them."""
+        """End the epoch: the time until the next one belongs to no step."""
 
     def close(self) -> None:
-        """End the training."""
+        """End training."""
 
 
 NO_LISTENER = StepListener()

@@ -1,4 +1,4 @@
-"""What a run says to people as it trains: lines and a table of the data."""
+"""The log lines of training: what is about to be trained, and each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reidreg.training.run import Run
 
 
 def announce(run: Run) -> None:
-    """Log what is about to be trained, on what, and how."""
+    """Log the data, the model, the losses and the settings of a run that is about to train."""
     config, embedder = run.config, run.embedder
     for line in statistics_table(run.dataset):
         logger.info("%s", line)
@@ -40,9 +40,9 @@ def announce(run: Run) -> None:
         logger.warning("note: %s", line)
 
 
-def describe_held_out(people: Dataset) -> str:
+def describe_held_out(held_out: Dataset) -> str:
     """A line on the training identities that are held out for validation."""
-    query, gallery = people.query, people.gallery
+    query, gallery = held_out.query, held_out.gallery
     ids, images, _ = split_statistics([*query, *gallery])
     return (
         f"held out of training for validation: {ids:,} identities, {images:,} images "
@@ -51,7 +51,14 @@ def describe_held_out(people: Dataset) -> str:
 
 
 def describe_step(figures: Mapping[str, float], batch: int, steps: int, epochs: int) -> str:
-    """A log line of training."""
+    """A log line of a training step.
+
+    Args:
+        figures: The meter's averages, with the epoch.
+        batch: The position of the step in the epoch, from 1.
+        steps: The steps of an epoch.
+        epochs: The epochs of the run.
+    """
     terms = " ".join(
         f"{key.removeprefix('train/')} {figures[key]:.4f}"
         for key in figures

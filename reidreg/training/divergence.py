@@ -1,4 +1,4 @@
-"""Stops a run whose loss or gradient is not finite, before that reaches a file."""
+"""Stops a run whose loss or gradient is not finite, before anything is saved."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from reidreg.errors import DivergedError
 
 
-class Guard:
-    """Looks at the loss and the gradient of every step.
+class DivergenceCheck:
+    """Checks that the loss and the gradient of every step are finite.
 
-    On the CPU it raises before the step is made. Elsewhere to look would mean to wait for the
-    device, so that the figures of the first step that is not finite are kept there, and `check`
-    raises when a line is due or something is to be saved: nothing that is saved has seen them.
+    On the CPU it raises before the optimizer steps. On other devices that would make the host wait
+    in every step. There the values of the first step that is not finite stay on the device, and
+    `check` raises when a line is logged or a checkpoint is due, so that none is written after it.
 
     Args:
         device: Where training runs.
@@ -30,12 +30,13 @@ class Guard:
     def watch(
         self, step: int, loss: Tensor, norm: Tensor | None, terms: Mapping[str, Tensor]
     ) -> None:
-        """Look at a step, before the optimizer makes it.
+        """Check a step before the optimizer makes it.
 
         Args:
             step: Its number, from 1.
             loss: The weighted sum.
-            norm: The gradient's norm, or None where a gradient scaler sees to it.
+            norm: The gradient's norm, or None where a gradient scaler skips steps that are not
+                finite.
             terms: Each term of the loss without its weight.
 
         Raises:
@@ -43,7 +44,7 @@ class Guard:
         """
         shown = loss if norm is None else norm
         self._names = list(terms)
-        # float64 holds every step's number exactly.
+        # float64 represents every step number exactly.
         values = [value.detach().double() for value in (loss, shown, *terms.values())]
         row = torch.stack([torch.full_like(values[0], step), *values])
         if self._first is None:
@@ -54,7 +55,7 @@ class Guard:
             self.check()
 
     def check(self) -> None:
-        """Raise DivergedError if a step since the beginning was not finite."""
+        """Raise DivergedError if any step so far was not finite."""
         if self._first is None:
             return
         step, loss, norm, *terms = self._first.tolist()

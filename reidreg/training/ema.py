@@ -1,4 +1,4 @@
-"""An average of the weights over the steps, which evaluation uses in their place."""
+"""The exponential moving average of the weights, with which a run is evaluated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from reidreg.model.model import Model
 
 
-class Average:
+class WeightEMA:
     """The exponential moving average of a model's weights and running statistics.
 
     After each step w <- d w + (1 - d) w_model, with d = min(decay, 1 - (1 + step)^(-2/3)): the
@@ -23,18 +23,18 @@ class Average:
     def __init__(self, model: Model, decay: float) -> None:
         from timm.utils.model_ema import ModelEmaV3
 
-        self._average: Any = ModelEmaV3(model, decay=decay, use_warmup=True)
+        self._ema: Any = ModelEmaV3(model, decay=decay, use_warmup=True)
 
     @property
     def model(self) -> Model:
         """The averaged model, in evaluation mode."""
-        averaged: Model = self._average.module
+        averaged: Model = self._ema.module
         return averaged
 
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after a step, counted from 1."""
-        self._average.update(model, step=step)
+        """Add the weights after a step, counted from 1."""
+        self._ema.update(model, step=step)
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Begin anew from these weights."""
+        """Replace the average by these weights."""
         self.model.load_state_dict(state)

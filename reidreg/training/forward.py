@@ -1,4 +1,4 @@
-"""The losses of a batch as training computes them: in every process of a run, with one gradient."""
+"""Forward and backward passes of training, with gradients averaged over the processes of a run."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from reidreg.values import Batch
 Losses = tuple[Tensor, dict[str, Tensor], Tensor | None]
 
 
-class Network:
-    """A model and its losses; with several processes gradients come out as the mean of all.
+class TrainingForward:
+    """Computes the losses of a batch; with several processes, gradients are the mean over all.
 
-    torch's DistributedDataParallel averages them while the backward pass still computes. It has to
-    know beforehand whether some parameters get none, and to look for those in every step costs
-    time: the first step, in which gradients are averaged afterwards, shows it.
+    torch's DistributedDataParallel averages them during the backward pass. It has to be told
+    whether some parameters get no gradient, because looking for those in every step costs time. So
+    the first step averages its gradients afterwards, and shows which parameters have one.
 
     Args:
         model: The model, on its device, the same in every process.
         objective: The losses.
-        dtype: In which arithmetic the backbone runs.
+        dtype: The precision of the backbone's arithmetic.
         gathered: Whether every loss sees the batch of all processes.
         compiled: Compile the model.
     """
@@ -55,12 +55,12 @@ class Network:
         self._parallel: DistributedDataParallel | None = None
         self._trained: list[nn.Parameter] = []
 
-    def hear(self, phases: StepListener) -> None:
-        """Have the phases of a step told to somebody."""
-        self._losses.phases = phases
+    def set_listener(self, listener: StepListener) -> None:
+        """Set the listener that is called as the phases `forward` and `loss` begin."""
+        self._losses.listener = listener
 
     def begin(self) -> None:
-        """Look at which parameters are trained, which may have changed."""
+        """Begin an epoch: find out which parameters are trained, since freezing may have ended."""
         trained = [p for p in self._losses.parameters() if p.requires_grad]
         if list(map(id, trained)) != list(map(id, self._trained)):
             self._trained, self._parallel = trained, None
@@ -76,19 +76,19 @@ class Network:
 
     @contextlib.contextmanager
     def averaging(self, now: bool) -> Iterator[None]:
-        """Compute the forward and backward pass of a part of a step.
+        """Run the forward and backward pass of one part of a batch inside this block.
 
         Args:
-            now: Average the gradients that have come together; False adds them up here.
+            now: Average the gradients accumulated so far; False only accumulates.
         """
         parallel = self._parallel
         with contextlib.nullcontext() if parallel is None or now else parallel.no_sync():
             yield
-        if self._parallel is None and now and world().size > 1 and self._trained:
-            self._average_afterwards()
+        if parallel is None and now and world().size > 1 and self._trained:
+            self._average_first_step()
 
-    def _average_afterwards(self) -> None:
-        """Average the first step's gradients, and leave those of all others to torch."""
+    def _average_first_step(self) -> None:
+        """Average the first step's gradients; DistributedDataParallel does so in all others."""
         users = count_true([parameter.grad is not None for parameter in self._trained])
         average_gradients(list(itertools.compress(self._trained, users)))
         self._parallel = DistributedDataParallel(
@@ -100,15 +100,15 @@ class Network:
 
 
 class ModelWithLosses(nn.Module):
-    """Images to losses in one module.
+    """From images to losses in one module, for DistributedDataParallel to wrap.
 
-    What DistributedDataParallel wraps returns nothing differentiable but the loss: a parameter
-    that only an output leads to, and no loss, would be taken for one with a gradient.
+    The loss is the only differentiable value that it returns: DistributedDataParallel would expect
+    gradients for all parameters behind any other one.
 
     Args:
         model: The model.
         objective: The losses.
-        dtype: In which arithmetic the backbone runs.
+        dtype: The precision of the backbone's arithmetic.
         gathered: Whether every loss sees the batch of all processes.
     """
 
@@ -120,13 +120,13 @@ class ModelWithLosses(nn.Module):
         self.objective = objective
         self.dtype = dtype
         self.gathered = gathered
-        self.phases = NO_LISTENER
+        self.listener = NO_LISTENER
 
     def forward(self, images: Tensor, pids: Tensor, camids: Tensor) -> Losses:
-        self.phases.begin("forward")
+        self.listener.begin("forward")
         with autocast(images.device, self.dtype):
             output = self.model(images, camids)
-        self.phases.begin("loss")
+        self.listener.begin("loss")
         logits = output.logits
         if self.gathered:
             output, pids = gather_output(output), gather_rows(pids)

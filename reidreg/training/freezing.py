@@ -1,4 +1,4 @@
-"""Parameters that stay as they are for the first epochs."""
+"""Parameters that are not trained in the first epochs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from reidreg.errors import ConfigError
 
 
 class Freezer:
-    """Holds the parameters whose names match, for the first epochs.
+    """Freezes the parameters whose names match, for the first epochs.
 
-    A frozen parameter gets no gradient, so that nothing is computed for it, and no weight decay.
-    A module all of whose own parameters are frozen runs in evaluation mode: its running
-    statistics stay, too, and its dropout is off.
+    A frozen parameter gets neither a gradient nor weight decay. A module all of whose own
+    parameters are frozen runs in evaluation mode: its running statistics stay as they are, and its
+    dropout is off.
 
     Args:
         model: The model.
         patterns: Regular expressions, searched in the names of its parameters.
-        epochs: For how many epochs.
+        epochs: The number of epochs.
 
     Raises:
-        ConfigError: A pattern matches no parameter, or nothing would be left to train.
+        ConfigError: A pattern matches no parameter, or every parameter would be frozen.
     """
 
     def __init__(self, model: nn.Module, patterns: Sequence[str], epochs: int) -> None:
@@ -36,29 +36,29 @@ class Freezer:
                     f"train.freeze: {pattern!r} matches no trained parameter; there are "
                     f"{', '.join(_examples(trained))}"
                 )
-        # Of those alone that are trained otherwise: what a part holds for good is not ours to free.
-        self._held = [
+        # Parameters that a part has frozen for good are not among them, and stay frozen.
+        self._frozen = [
             parameter
             for name, parameter in trained.items()
             if any(re.search(pattern, name) for pattern in patterns)
         ]
-        if epochs and len(self._held) == len(trained):
+        if epochs and len(self._frozen) == len(trained):
             raise ConfigError("train.freeze: every parameter is frozen, so nothing can be trained")
 
-    def holds(self, epoch: int) -> bool:
+    def freezes(self, epoch: int) -> bool:
         """Whether anything is frozen in an epoch, from 0."""
-        return bool(self._held) and epoch < self._epochs
+        return bool(self._frozen) and epoch < self._epochs
 
     def begin(self, epoch: int) -> None:
-        """Freeze or free, at the beginning of an epoch, from 0; the model is in training mode."""
-        frozen = self.holds(epoch)
-        for parameter in self._held:
+        """Freeze or unfreeze at the beginning of an epoch, from 0, after `model.train()`."""
+        frozen = self.freezes(epoch)
+        for parameter in self._frozen:
             parameter.requires_grad_(not frozen)
             if frozen:
                 parameter.grad = None
         if not frozen:
             return
-        held = set(map(id, self._held))
+        held = set(map(id, self._frozen))
         for module in self._model.modules():
             own = list(module.parameters(recurse=False))
             if own and all(id(p) in held or not p.requires_grad for p in own):
@@ -66,7 +66,7 @@ class Freezer:
 
 
 def _examples(names: dict[str, nn.Parameter]) -> list[str]:
-    """The first parameter of each top part, for a message."""
+    """The first parameter of each top-level module, for an error message."""
     firsts: dict[str, str] = {}
     for name in names:
         firsts.setdefault(name.split(".")[0], name)

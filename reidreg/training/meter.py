@@ -1,4 +1,4 @@
-"""Averages of losses and accuracy between two log lines, and the speed."""
+"""Averages of losses and accuracy from one log line to the next, and the speed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 
 class Meter:
-    """Adds up figures on the device, and brings them over only when a line is due.
+    """Sums figures on the device, and copies them to the host when a line is logged.
 
-    `.item()` at every step would have the CPU wait for the GPU each time.
+    `.item()` in every step would make the host wait for the GPU.
     """
 
     def __init__(self) -> None:
@@ -33,14 +33,14 @@ class Meter:
         self.short = ""
 
     def resume_clock(self) -> None:
-        """Start counting seconds now: what was done since the last line was not training."""
+        """Restart the clock if no step was added since the last line: that time was no training."""
         if self._steps == 0:
             self._start, self._waited = time.perf_counter(), 0.0
 
     def watching(self, batches: Iterator[T]) -> Iterator[T]:
-        """Pass batches on, adding up the seconds until each is there.
+        """Yield batches, and sum the seconds that the loop waits for each.
 
-        By the host's clock: a CUDA device may be at work meanwhile, on steps that were queued.
+        On the host's clock: a CUDA device may be computing queued steps in that time.
         """
         while True:
             start = time.perf_counter()
@@ -73,10 +73,10 @@ class Meter:
         self._images += len(pids)
 
     def take(self, lr: float, device: torch.device) -> dict[str, float]:
-        """The averages since the last call, over all processes; it starts the next ones.
+        """The averages since the last call, over all processes; all sums are reset.
 
         Args:
-            lr: The learning rate in use.
+            lr: The current learning rate.
             device: Where training runs, for its peak memory.
         """
         sums = mean_over_processes(self._sums)
@@ -96,12 +96,12 @@ class Meter:
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums under way, for an exact resume between two lines."""
+        """The sums so far, for an exact resume between two lines."""
         sums = {key: value.cpu() for key, value in self._sums.items()}
         return {"sums": sums, "steps": self._steps, "images": self._images}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the sums of an interrupted run; its seconds are gone."""
+        """Load the sums of an interrupted run; its seconds were not saved."""
         self._sums = dict(state["sums"])
         self._steps, self._images = state["steps"], state["images"]
         self._start, self._waited = time.perf_counter(), 0.0

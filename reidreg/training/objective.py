@@ -16,7 +16,7 @@ from reidreg.values import Output
 
 
 class Objective(nn.Module):
-    """What training minimises: the terms by name, each with its weight.
+    """What training minimises: named losses, each with its weight.
 
     Args:
         terms: The losses; those of weight 0 are left out.
@@ -25,7 +25,7 @@ class Objective(nn.Module):
 
     def __init__(self, terms: dict[str, Loss], weights: dict[str, float]) -> None:
         super().__init__()
-        # Prefixed, since a term may be called as a method of ModuleDict is.
+        # Prefixed, since a term's name may be that of a method of ModuleDict.
         active = {f"term_{name}": terms[name] for name in terms if weights[name] > 0}
         self.terms = nn.ModuleDict(active)
         self.weights = weights
@@ -42,7 +42,7 @@ class Objective(nn.Module):
         """Compute the weighted sum, and every term without its weight.
 
         Args:
-            output: What the model returned.
+            output: The model's output.
             pids: (B,) labels.
         """
         values = {name: over_branches(loss, output, pids) for name, loss in self.losses()}
@@ -50,7 +50,7 @@ class Objective(nn.Module):
         return total, values
 
     def shared_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The losses' parameters that join the model's optimizer, by name."""
+        """The losses' parameters that the model's optimizer steps, by name."""
         return [
             (f"{name}.{key}", parameter)
             for name, loss in self.losses()
@@ -62,7 +62,7 @@ class Objective(nn.Module):
         """Step the losses' own optimizers, with the gradients of the unweighted losses.
 
         Args:
-            scaler: What scaled the total before the backward pass, if it did.
+            scaler: The scaler of the backward pass; it may be disabled.
         """
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
@@ -72,12 +72,12 @@ class Objective(nn.Module):
             scaler.step(optimizer)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the losses' own parameters."""
+        """Reset the gradients of the losses' own optimizers."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none)
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The states of the losses' own optimizers, for a resume."""
+        """The states of the losses' own optimizers by term, for a resume."""
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
 
@@ -96,7 +96,7 @@ def build_objective(config: Config, labels: Labels, dim: int) -> Objective:
 
     Args:
         config: Its `losses`.
-        labels: The training set's numbering.
+        labels: The training identities and cameras.
         dim: The width of `Output.features`.
     """
     facts = {"num_classes": len(labels.pids), "num_cameras": len(labels.camids), "dim": dim}

@@ -1,4 +1,4 @@
-"""An optimizer with its groups of parameters, and learning rates by epoch."""
+"""Optimizers with their parameter groups, and learning rates by epoch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_optimizer(
     Args:
         config: Its options.
         parameters: Names and parameters; those that need no gradient are left out.
-        scales: Factors on the learning rate by name, from `layer_scales`; 1 for what is not in it.
+        scales: Factors on the learning rate by name, from `layer_scales`; others have 1.
     """
     cls = optimizer_class(config.name)
     accepted = inspect.signature(cls).parameters
@@ -40,8 +40,8 @@ def make_optimizer(
     if config.betas is not None:
         options["betas"] = tuple(config.betas)
     groups = parameter_groups(config, parameters, scales or {})
-    # One pass over the memory instead of ten, on the CPU too. Besides, where losses are scaled, a
-    # fused kernel looks on the device whether to leave a step out; for others the host has to wait.
+    # One pass over the memory instead of ten, on the CPU too. With scaled losses, a fused kernel
+    # also decides on the device whether to skip a step; for others the host has to wait.
     if "fused" in accepted and groups and _runs_fused(cls, groups[0]["params"][0].device):
         options["fused"] = True
     elif "foreach" in accepted:
@@ -55,7 +55,7 @@ def make_optimizer(
 
 
 def _runs_fused(cls: type[Optimizer], device: torch.device) -> bool:
-    """Whether an optimizer has a fused kernel for a device; some say so only when they step."""
+    """Whether an optimizer has a fused kernel for a device; some raise only when they step."""
     parameter = nn.Parameter(torch.zeros(1, device=device))
     parameter.grad = torch.zeros_like(parameter)
     options: dict[str, Any] = {"lr": 1.0, "fused": True}
@@ -67,10 +67,10 @@ def _runs_fused(cls: type[Optimizer], device: torch.device) -> bool:
 
 
 def _begin_momentum(optimizer: torch.optim.SGD) -> None:
-    """Let momentum begin at zero, from which a first step makes it the gradient.
+    """Begin momentum at zero, so that the first step sets it to the gradient.
 
-    torch makes it in the first step; but its fused kernel leaves it as the memory was where a
-    scaler leaves that step out, and fails when a parameter gets its first gradient after others.
+    torch allocates it in the first step. But if a scaler skips that step, the fused kernel leaves
+    it uninitialised, and it fails when a parameter gets its first gradient later than others.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -82,7 +82,7 @@ def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]],
     scales: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """Parameters of the same options together; a bias is one with `bias` in its name."""
+    """Group parameters by their options; those with `bias` in their name are biases."""
     bias_decay = config.bias_weight_decay
     decays = (config.weight_decay, config.weight_decay if bias_decay is None else bias_decay)
     factors = (1.0, config.bias_lr_factor)
@@ -92,7 +92,7 @@ def parameter_groups(
             is_bias = "bias" in name
             factor = factors[is_bias] * scales.get(name, 1.0)
             groups.setdefault((factor, decays[is_bias]), []).append(parameter)
-    own = (1.0, config.weight_decay)  # what the optimizer's own options say
+    own = (1.0, config.weight_decay)  # the optimizer's own options
     return [
         {"params": members}
         if (factor, decay) == own
@@ -105,14 +105,14 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     """Factors on the learning rate by name: decay^n for a layer with n others after it.
 
     The layers are those of the timm model inside the backbone, as timm numbers them; its last
-    norm, and every head, has the full rate (Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2022).
+    norm and all heads have the full rate (Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2022).
 
     Args:
-        model: The model, whose names are those of the optimizer's parameters.
+        model: The model.
         decay: The factor from each layer to the one before it.
 
     Raises:
-        ConfigError: No part of the backbone says which layers it has.
+        ConfigError: The backbone holds no timm model that knows its layers.
     """
     timm: Any = importlib.import_module("timm.models")
     for prefix, module in model.named_modules():

@@ -1,7 +1,7 @@
-"""Before the first epoch: does a step fit into memory, and does an evaluation run to its end?
+"""Checks before the first epoch: does a step fit in memory, and can an evaluation succeed?
 
-A run must not die after an hour of what could be seen in a second. Nothing here changes the run:
-the same bits come out with `train.preflight` or without it.
+So a run does not fail after an hour for a reason that shows in a second. The checks do not change
+the run: it gives the same bits with `train.preflight` or without it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from reidreg.machine.memory import size_in_text
 from reidreg.model.embedder import embeddings_of
 from reidreg.parts.interfaces import Dataset, Evaluator
 from reidreg.training.run import Run
-from reidreg.training.step_memory import Memory, Trial, missing_state, undisturbed
+from reidreg.training.step_memory import Memory, StepProbe, missing_state, restoring_state
 from reidreg.values import JUNK, Embeddings, Sample
 
 _T = TypeVar("_T")
 
-_NEEDED = ("mAP", "mINP", "rank1")  # by which `best` is chosen, and what is said of it
-# One query of each of a few people, with what an evaluation may meet: matches by other cameras and
-# by the same one, other people, junk.
-_PEOPLE, _OTHER_CAMERAS, _SAME_CAMERA, _OTHERS = 8, 2, 1, 8
+_NEEDED = ("mAP", "mINP", "rank1")  # that choose the best checkpoint and are logged for it
+# The sample evaluation: queries of different identities, gallery images of each from other cameras
+# and from the query's own, and images of other identities, junk among them.
+_QUERIES, _OTHER_CAMERAS, _SAME_CAMERA, _OTHERS = 8, 2, 1, 8
 
 
 def preflight(run: Run) -> None:
-    """Look at what would end a run later.
+    """Raise now the errors that would end a run later.
 
     Raises:
         DeviceError: A step does not fit into the device's memory.
@@ -47,7 +47,7 @@ def preflight(run: Run) -> None:
         check_memory(run, memory)
     try:
         rehearse_evaluation(run, run.validation)
-        if run.validation is not run.dataset:  # it waits for the end of the run
+        if run.validation is not run.dataset:  # it is evaluated at the end of the run
             rehearse_evaluation(run, run.dataset)
     except torch.OutOfMemoryError as error:
         raise DeviceError(describe_shortage(run.embedder.device)) from error
@@ -57,13 +57,14 @@ def preflight(run: Run) -> None:
 
 
 def check_memory(run: Run, memory: Memory) -> None:
-    """Make one step of a batch of noise, or of a part of one, and compare its peak with the memory.
+    """Make one step of noise, of a batch or a part of one, and compare its peak with the memory.
 
     Raises:
-        DeviceError: It does not fit; the line says how much is needed, free, and held by whom.
+        DeviceError: It does not fit; the line says how much is needed, how much is free, and which
+            processes hold the rest.
     """
     embedder = run.embedder
-    trial = Trial(
+    probe = StepProbe(
         run.model,
         run.objective,
         embedder.input.size,
@@ -75,19 +76,19 @@ def check_memory(run: Run, memory: Memory) -> None:
     pids = pids[: len(pids) // run.config.train.accumulate]
     need: int | None
     try:
-        need = trial.need(pids, memory)
+        need = probe.need(pids, memory)
         fits = need <= memory.available()
     except torch.OutOfMemoryError:
         need, fits = None, False
     if not fits:
-        if need is None and world().size == 1:  # others may be within a step that waits for this
-            need = trial.reckon(pids, memory)
+        if need is None and world().size == 1:  # others may be waiting for this one in a step
+            need = probe.estimate(pids, memory)
         memory.reset()
         raise DeviceError(describe_shortage(embedder.device, need))
     available = memory.available()
-    memory.reset()  # so that the peak in the log is that of the run
+    memory.reset()  # so that the peak in the log is the run's own
     logger.info(
-        "memory: a step needs %s of the %s at hand",
+        "memory: a step needs %s of the %s available",
         size_in_text(need or 0),
         size_in_text(available),
     )
@@ -97,19 +98,19 @@ def check_memory(run: Run, memory: Memory) -> None:
 
 
 def rehearse_evaluation(run: Run, data: Dataset) -> None:
-    """Evaluate a handful of people, by the real embedder and evaluator; keep and log nothing.
+    """Evaluate a few images with the run's embedder and evaluator; write and log nothing.
 
     Args:
         run: The run.
-        data: Whose query and gallery are to be evaluated later.
+        data: The data whose query and gallery will be evaluated later.
 
     Raises:
-        ReidregError: What would have ended the first evaluation.
+        ReidregError: The first evaluation would fail.
     """
-    query, gallery = handful(data.query, data.gallery)
-    with undisturbed(run.embedder.model):
+    query, gallery = few_images(data.query, data.gallery)
+    with restoring_state(run.embedder.model):
         sides = [_finite(run.embedder.embed(side, "preflight")) for side in (query, gallery)]
-        # As in `evaluate_dataset`: the first process has all features, and says what they give.
+        # As in `evaluate_dataset`: rank 0 has all features, and sends the figures to the others.
         figures = broadcast(_figures(run.evaluator, data, *sides) if world().is_main else {})
     missing = [key for key in _NEEDED if not isinstance(figures.get(key), float)]
     if missing:
@@ -117,18 +118,18 @@ def rehearse_evaluation(run: Run, data: Dataset) -> None:
             f"evaluator.name: {run.config.evaluator.name} gives no {', '.join(missing)} as a "
             "fraction, which the choice of the best checkpoint needs"
         )
-    # As a real evaluation's are, to see that they can be.
+    # A real evaluation's figures go through the same functions.
     json.dumps(figures)
     log_figures("val", figures)
     describe_evaluation(figures, 0)
 
 
-def handful(
+def few_images(
     query: Sequence[Sample], gallery: Sequence[Sample]
 ) -> tuple[list[Sample], list[Sample]]:
-    """A few queries, and gallery images among which each of them has a match by another camera.
+    """A few queries, and gallery images in which each of them has a match by another camera.
 
-    Where nobody was seen by two cameras, a match by the same camera has to do.
+    If no identity was seen by two cameras, matches by the same camera are taken.
     """
     images: dict[int, list[Sample]] = defaultdict(list)
     for sample in gallery:
@@ -140,27 +141,27 @@ def handful(
             matched.setdefault(sample.pid, sample)
             if any(other.camid != sample.camid for other in images[sample.pid]):
                 seen_again.setdefault(sample.pid, sample)
-    people = spread(sorted(seen_again or matched), _PEOPLE)
-    queries = [(seen_again or matched)[pid] for pid in people]
+    pids = spread(sorted(seen_again or matched), _QUERIES)
+    queries = [(seen_again or matched)[pid] for pid in pids]
     chosen: list[Sample] = []
     for sample in queries:
         own = images[sample.pid]
         chosen += spread([other for other in own if other.camid != sample.camid], _OTHER_CAMERAS)
         chosen += spread([other for other in own if other.camid == sample.camid], _SAME_CAMERA)
-    chosen += spread([sample for sample in gallery if sample.pid not in people], _OTHERS)
-    # Without any match it is the evaluator that says so.
-    return queries or spread(query, _PEOPLE), chosen
+    chosen += spread([sample for sample in gallery if sample.pid not in pids], _OTHERS)
+    # If there is no match at all, the evaluator raises the error.
+    return queries or spread(query, _QUERIES), chosen
 
 
 def spread(items: Iterable[_T], count: int) -> list[_T]:
-    """At most so many items, at even distances from the first one on."""
+    """At most `count` items, at even distances from the first one on."""
     listed = list(items)
     taken = min(count, len(listed))
     return [listed[position * len(listed) // taken] for position in range(taken)]
 
 
 def _finite(embeddings: Embeddings) -> Embeddings:
-    """Embeddings, with noise for features that are not finite: that is for training to say."""
+    """The embeddings, or noise for features that are not finite: training will report those."""
     if torch.isfinite(embeddings.features).all():
         return embeddings
     logger.warning("note: features are not finite before this training")
@@ -170,10 +171,10 @@ def _finite(embeddings: Embeddings) -> Embeddings:
 def _figures(
     evaluator: Evaluator, data: Dataset, query: Embeddings, gallery: Embeddings
 ) -> dict[str, Any]:
-    """The evaluator's figures of a handful; of noise for all images where that is too few for it.
+    """The evaluator's figures for a few images, or for noise if those are too few for it.
 
-    An evaluator may need more than a handful. What it says of the real ids decides then: ranking
-    noise takes no model, so it is far less than an evaluation.
+    If it fails, it is run again with all ids and noise for features. That needs no model, so it
+    takes far less time than an evaluation.
     """
     try:
         return evaluator.evaluate(query, gallery)

@@ -1,9 +1,8 @@
-"""Where the time of a step goes: `reidreg fit --profile N`.
+"""`reidreg fit --profile N`: time the phases of N steps, and record N more with torch's profiler.
 
-The loop says which phase begins; without `--profile` nobody listens. With it, some steps warm up,
-N steps are timed, and N more are recorded by torch's profiler: recording slows a step down, so
-what is recorded is not what is timed. The run then goes on as if nothing had been. Of several
-processes the first one is profiled.
+Some steps before them warm up. Recording slows a step down, so the steps that are timed are not
+the ones that are recorded. The run then continues, with the same results as without a profile.
+With several processes, rank 0 is profiled.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ _OPERATORS = 25  # rows of operators.txt
 
 
 class Profile(StepListener):
-    """Times N steps, records N more, and says and writes what it found.
+    """Times N steps and logs a table, then records N more and writes them.
 
     Args:
         steps: N.
-        folder: Where trace.json, for chrome://tracing or ui.perfetto.dev, and operators.txt go.
+        folder: Gets trace.json, for chrome://tracing or ui.perfetto.dev, and operators.txt.
         device: Where training runs.
     """
 
@@ -63,17 +62,17 @@ class Profile(StepListener):
         if self._done == WARM_UP + self.steps:
             self._report()
             self._record()
-        elif self._done == _over(self.steps):
-            self._write()
+        elif self._done == _last_step(self.steps):
+            self.write()
             wait()
         self.begin(DATA)
 
     def end_epoch(self) -> None:
-        self._stopwatch.forget()
+        self._stopwatch.discard()
         self._range.close()
 
     def close(self) -> None:
-        """Report what there is, of a training that had fewer steps."""
+        """Report the steps so far, if training had fewer."""
         self._range.close()
         if self._done < WARM_UP + self.steps:
             if self._stopwatch.steps:
@@ -81,20 +80,21 @@ class Profile(StepListener):
             else:
                 logger.warning("profile: the run was over before step %d", WARM_UP + 1)
         if self._recorder is not None:
-            self._write()
+            self.write()
 
     def _report(self) -> None:
         for line in profile_table(self._stopwatch.milliseconds(), self._stopwatch.steps):
             logger.info("%s", line)
 
     def _record(self) -> None:
-        # torch's recorder tells stderr that it starts and stops, above the level of errors.
+        # torch's recorder reports on stderr that it starts and stops, above the level of errors.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         self._recorder = torch.profiler.profile(activities=activities)
         self._recorder.start()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Stop recording, and write the trace and the table of operators."""
         self._recorder.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         trace, operators = self.folder / "trace.json", self.folder / "operators.txt"
@@ -105,12 +105,12 @@ class Profile(StepListener):
         operators.write_text(table, encoding="utf-8")
         self._recorder = None
         if self._cuda:
-            logger.info("%s", _copies(averages, self.steps))
+            logger.info("%s", _describe_copies(averages, self.steps))
         logger.info("profile: %s, for ui.perfetto.dev, and %s", trace, operators)
 
 
-class Bystander(StepListener):
-    """Waits while the first process writes its profile, which takes longer than a step may.
+class ProfileBarrier(StepListener):
+    """Makes the other ranks wait while rank 0 writes its profile, which exceeds a step's timeout.
 
     Args:
         steps: N.
@@ -122,29 +122,29 @@ class Bystander(StepListener):
 
     def end_step(self) -> None:
         self._done += 1
-        if self._done == _over(self.steps):
+        if self._done == _last_step(self.steps):
             wait()
 
 
-def _over(steps: int) -> int:
+def _last_step(steps: int) -> int:
     """The step after which a profile of N steps is written."""
     return WARM_UP + 2 * steps
 
 
-def _copies(averages: Any, steps: int) -> str:
-    """How long copies from the host keep the device's copy engine, beside the phases."""
+def _describe_copies(averages: Any, steps: int) -> str:
+    """A line on the copies from host to device, which run in parallel with the phases."""
     took = sum(row.device_time_total for row in averages if "Memcpy HtoD" in row.key)
     return f"host to device: {took / steps / 1e3:.2f} ms a step, while other phases run"
 
 
 class Stopwatch:
-    """Adds up how long each phase takes.
+    """Sums how long each phase takes.
 
-    On a CUDA device by events in its stream: the host only queues work there, and what counts is
-    when the device comes to it. A phase that the device did not have to wait for takes no time.
+    On a CUDA device it records events in the stream, since the host only queues work there: a
+    phase takes the time that the device spends on it.
 
     Args:
-        device: Whose time is measured.
+        device: Where training runs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -155,23 +155,23 @@ class Stopwatch:
         self._start: Any = None
 
     def begin(self, phase: str) -> None:
-        """End the phase under way, and begin this one."""
+        """End the current phase, and begin this one."""
         now = self._now()
         self._end(now)
         self._phase, self._start = phase, now
 
     def end_step(self) -> None:
-        """End the phase under way, and count the step."""
+        """End the current phase, and count the step."""
         self._end(self._now())
         self._phase = None
         self.steps += 1
 
-    def forget(self) -> None:
-        """Do not count the phase under way."""
+    def discard(self) -> None:
+        """Do not count the current phase."""
         self._phase = None
 
     def milliseconds(self) -> dict[str, float]:
-        """Milliseconds that each phase took in all, in the order in which they first began."""
+        """The total milliseconds of each phase, in the order in which they first began."""
         if self._cuda:
             torch.cuda.synchronize()
         sums: dict[str, float] = {}
@@ -193,11 +193,11 @@ class Stopwatch:
 
 
 def profile_table(milliseconds: dict[str, float], steps: int) -> Sequence[str]:
-    """Milliseconds a step and share of the whole for each phase, as lines.
+    """A table of the milliseconds per step and the share of each phase, as lines.
 
     Args:
-        milliseconds: What each phase took in all steps together.
-        steps: How many those are.
+        milliseconds: The total of each phase over all steps.
+        steps: The number of steps.
     """
     total = sum(milliseconds.values())
     rows = [(name, took / steps, took / max(total, 1e-9)) for name, took in milliseconds.items()]

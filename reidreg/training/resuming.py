@@ -1,7 +1,7 @@
-"""Which options may change when a run goes on, and which would spoil it.
+"""Which options may change when a run is resumed.
 
-A checkpoint says what its run was configured as. What differs now is looked up in `RULES`, key by
-key, before anything slow happens; what is allowed is logged, what is not is refused.
+The configuration in the checkpoint is compared with the current one, and every changed key is
+looked up in `RULES`, before anything slow happens. Allowed changes are logged, others are errors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from reidreg.parts.schema import shown
 
 
 class Verdict(enum.Enum):
-    """What becomes of a changed option."""
+    """Whether an option may change on a resume."""
 
     ALLOWED = "allowed"
     BETWEEN_EPOCHS = "allowed between two epochs"
@@ -31,12 +31,12 @@ ALLOWED, BETWEEN_EPOCHS, REFUSED = Verdict
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of a change of the keys that a pattern names.
+    """Whether the keys that match a pattern may change.
 
     Args:
         pattern: A key; `*` stands for anything but a dot, `**` for anything.
-        verdict: What becomes of the change.
-        why: Why, in the words of a message: `optimizer.name adam -> sgd (the saved state ...)`.
+        verdict: Whether they may change.
+        why: The reason, as messages quote it: `optimizer.name: adam -> sgd (the saved state ...)`.
     """
 
     pattern: str
@@ -44,7 +44,7 @@ class Rule:
     why: str
 
     def covers(self, key: str) -> bool:
-        """Whether this rule speaks of a key."""
+        """Whether a key matches the pattern."""
         words = {"**": ".*", "*": "[^.]*"}
         parts = (words.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*)", self.pattern))
         return re.fullmatch("".join(parts), key) is not None
@@ -57,8 +57,8 @@ _EVALUATION = "it changes figures, not weights"
 _SPEED = "it changes how fast a run is, not what it learns"
 _STEERING = "it steers the steps to come"
 
-# The first that covers a key counts; the last ones of a section are for the options of plugins, and
-# for options that nobody thought about: careful where a mistake would not be seen.
+# The first rule that covers a key counts. The last rule of a section is the default for the options
+# of plugins and for unlisted ones; it is conservative.
 RULES = (
     Rule("dataset.root", ALLOWED, "the same data may lie elsewhere now"),
     Rule("dataset.query_folder", ALLOWED, _EVALUATION),
@@ -115,10 +115,10 @@ RULES = (
 
 @dataclass(frozen=True)
 class Change:
-    """An option that is not what it was.
+    """An option that has another value than in the checkpoint.
 
     Args:
-        key: Its key; of a part that came or went whole, the key of the part.
+        key: Its key; for a whole part that was added or removed, the key of the part.
         before: Its value in the checkpoint, or None.
         after: Its value now, or None.
     """
@@ -132,9 +132,9 @@ class Change:
 
     @property
     def rule(self) -> Rule:
-        """What the table says of it."""
+        """The rule that decides."""
         if re.fullmatch(r"losses\.\w+\.weight", self.key) and 0 in (self.before, self.after):
-            return rule_of(self.key.removesuffix(".weight"))  # off is as if it were not there
+            return rule_of(self.key.removesuffix(".weight"))  # weight 0 is as if it were removed
         return rule_of(self.key)
 
 
@@ -144,15 +144,15 @@ def rule_of(key: str) -> Rule:
 
 
 def changes_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """What differs between two configurations as plain values."""
+    """The differences between two configurations as plain values."""
     return list(_changes(completed(old), new, ""))
 
 
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A checkpoint's configuration with the options that its reidreg did not have, by default."""
+    """A checkpoint's configuration, with defaults for options that are newer than it."""
     try:
         return load_config(config).as_dict()
-    except ReidregError:  # it has one that we do not have; each difference is shown then
+    except ReidregError:  # it has an option that does not exist here; the comparison shows it
         return config
 
 
@@ -168,19 +168,19 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Ite
 def check_resume(
     saved: Mapping[str, Any], training: Mapping[str, Any] | None, config: Config
 ) -> list[Change]:
-    """Look at what changed since a checkpoint, before anything slow is done.
+    """Check the options that changed since a checkpoint, before anything slow is done.
 
     Args:
         saved: The checkpoint's configuration.
-        training: What the checkpoint holds for a resume, or None if it holds weights alone.
-        config: The configuration to go on with.
+        training: The checkpoint's training state, or None if it holds weights alone.
+        config: The configuration of the resumed run.
 
     Returns:
         The changes, all of them allowed.
 
     Raises:
         CheckpointError: The checkpoint cannot be resumed, or not with this configuration; the line
-            names each key that would spoil the run.
+            names each key that must not change.
     """
     if training is None:
         raise CheckpointError(
@@ -208,7 +208,7 @@ def _refusal(refused: list[Change], epoch: int, batch: int) -> str:
 
 
 def _check_length(epoch: int, batch: int, epochs: int) -> None:
-    """Raise CheckpointError for a run that is to end before where it is."""
+    """Raise CheckpointError if the run has more epochs behind it than it is to have."""
     if epochs < epoch + (batch > 0):
         done = f"{epoch} epochs and {batch} steps" if batch else f"{epoch} epochs"
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""A run's folder: its files, one run at a time in it, and nothing of an earlier run lost."""
+"""A run's folder: its files, a lock, and earlier runs moved aside instead of overwritten."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class RunFolder:
 
     @property
     def previous(self) -> Path:
-        """What `last` was before; it takes no second writing, but as much room again."""
+        """The `last` checkpoint before the current one: a hard link, so it is not written twice."""
         return self.checkpoints / "previous.ckpt"
 
     @property
@@ -69,7 +69,7 @@ class RunFolder:
         return self.root / "profile"
 
     def at_epoch(self, epoch: int) -> Path:
-        """The kept checkpoint of an epoch."""
+        """The checkpoint of an epoch, from `train.checkpoint_every`."""
         return self.checkpoints / f"epoch_{epoch:04d}.ckpt"
 
     def saved(self) -> str | None:
@@ -77,7 +77,7 @@ class RunFolder:
         return str(self.last) if self.last.exists() else None
 
     def open(self) -> None:
-        """Make the folder, and find out now whether it can be written to.
+        """Make the folder, and check that it can be written to.
 
         Raises:
             ConfigError: It cannot.
@@ -98,36 +98,36 @@ class RunFolder:
         return self.root / ".begun"
 
     def begun(self) -> bool:
-        """Whether the files here are of the run that the launcher has started, or restarted."""
+        """Whether the files here belong to the run that the launcher has started or restarted."""
         return self._mark.exists()
 
     def mark_begun(self, begun: bool) -> None:
-        """Note it, for a launcher that starts failed processes again."""
+        """Record whether they do, for a launcher that restarts failed processes."""
         if begun:
             self._mark.touch()
         else:
             self._mark.unlink(missing_ok=True)
 
     def save_last(self, checkpoint: Checkpoint) -> None:
-        """Write `last`, and keep what stood there as `previous`.
+        """Write `last`, and keep the one before it as `previous`.
 
         Raises:
             CheckpointError: The folder cannot be written to, or the disk is full.
         """
         spare = self.checkpoints / f".previous.{os.getpid()}.partial"
-        # A second name for the same bytes; not every file system has that, and then there is none.
+        # A hard link; on file systems that have none there is no `previous`.
         with contextlib.suppress(OSError):
             os.link(self.last, spare)
             os.replace(spare, self.previous)
         save_checkpoint(checkpoint, self.last)
 
     def open_resumable(self, resume: str | None) -> tuple[Path, Checkpoint] | None:
-        """The checkpoint that `--resume` means, or None for a new run.
+        """The checkpoint that `--resume` names, or None for a new run.
 
-        Where `auto` finds `last` damaged, `previous` takes its place.
+        If `auto` finds `last` damaged, `previous` takes its place.
 
         Raises:
-            CheckpointError: A path was given and there is no such file, or nothing whole is left.
+            CheckpointError: The path does not exist, or no undamaged checkpoint is left.
         """
         if resume is None:
             return None
@@ -141,9 +141,9 @@ class RunFolder:
         try:
             return self.last, load_checkpoint(self.last)
         except DamagedError as error:
-            return self.last, self._instead_of_last(error)
+            return self.last, self._replace_last(error)
 
-    def _instead_of_last(self, damage: DamagedError) -> Checkpoint:
+    def _replace_last(self, damage: DamagedError) -> Checkpoint:
         try:
             checkpoint = load_checkpoint(self.previous)
         except CheckpointError:
@@ -153,12 +153,12 @@ class RunFolder:
                 "--output_dir"
             ) from damage
         logger.warning("%s; going on from %s", damage, self.previous)
-        # Or the next save would keep the damaged one, and lose this.
+        # Otherwise the next save would overwrite it with the damaged one.
         os.replace(self.previous, self.last)
         return checkpoint
 
     def set_earlier_run_aside(self) -> Path | None:
-        """Move the files of an earlier run into a folder of their own; the log goes on.
+        """Move the files of an earlier run to `earlier-N`; train.log stays and is continued.
 
         Returns:
             That folder, or None if there was no earlier run.
@@ -182,17 +182,17 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Open the folder, hold it for this process, and write its log."""
+        """Open the folder, lock it for this process, and write its log."""
         self.open()
         with self.exclusive(), log_to_file(self.log):
             yield
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the folder for this process.
+        """Lock the folder for this process.
 
         Raises:
-            ConfigError: Another run holds it.
+            ConfigError: Another run is using it.
         """
         fix = "give another --output_dir"
         with exclusive(self.root, "output_dir", fix):

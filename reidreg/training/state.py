@@ -1,4 +1,4 @@
-"""A run to and from a checkpoint."""
+"""A run's state: captured as a checkpoint, and restored from one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reidreg.training.run import Progress, Run
 
 
 def capture(run: Run, resumable: bool = True) -> Checkpoint:
-    """The run as a checkpoint; with several processes, what each of them holds for itself too.
+    """The run as a checkpoint, with the states of all its processes.
 
     Args:
         run: The run.
@@ -28,7 +28,7 @@ def capture(run: Run, resumable: bool = True) -> Checkpoint:
     """
     size, mean, std = run.embedder.input.size, run.embedder.input.mean, run.embedder.input.std
     return Checkpoint(
-        # What evaluation uses, so that whoever opens the file sees the figures that were logged.
+        # The weights that evaluation uses: they give the figures that were logged.
         model=run.embedder.model.state_dict(),
         config=run.config.as_dict(),
         labels=run.embedder.labels,
@@ -41,7 +41,7 @@ def capture(run: Run, resumable: bool = True) -> Checkpoint:
 
 
 def training_state(run: Run) -> dict[str, Any]:
-    """What only a resume needs; every process has to ask for it at the same time."""
+    """What only a resume needs; every process has to call it at the same time."""
     states = gather({"random": random_state(), "meter": run.meter.state_dict()})
     training = {
         "optimizer": run.optimizer.state_dict(),
@@ -53,19 +53,19 @@ def training_state(run: Run) -> dict[str, Any]:
         **states[0],
         "others": states[1:],
     }
-    if run.average is not None:
+    if run.ema is not None:
         training["model"] = run.model.state_dict()
     return training
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Put a run where a checkpoint left off, that `check_resume` found nothing against.
+    """Restore a run from a checkpoint that has passed `check_resume`.
 
     Raises:
-        CheckpointError: It was trained on other people, or its states do not fit.
+        CheckpointError: It was trained on other identities, or its states do not fit.
     """
     training = checkpoint.training
-    assert training is not None  # as `check_resume` has seen
+    assert training is not None  # as `check_resume` has made sure
     if checkpoint.labels.pids != run.embedder.labels.pids:
         raise CheckpointError(
             f"the checkpoint was trained on {len(checkpoint.labels.pids)} identities, the data "
@@ -73,8 +73,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
             "with --init_from"
         )
     load_weights(run.model, training.get("model", checkpoint.model))
-    if run.average is not None:
-        run.average.load(checkpoint.model)
+    if run.ema is not None:
+        run.ema.load(checkpoint.model)
     load_weights(run.objective, training["objective"])
     load_optimizer(run.optimizer, training["optimizer"], "optimizer")
     own = run.objective.optimizers
@@ -84,42 +84,44 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         run.scaler.load_state_dict(training["scaler"])
     run.sampler.load_state_dict(training["sampler"])
     run.progress = Progress(**training["progress"])
-    restore_own(run, [training, *training.get("others", [])])
+    restore_process(run, [training, *training.get("others", [])])
 
 
-def restore_own(run: Run, states: Sequence[Mapping[str, Any]]) -> None:
-    """Take over what each process holds for itself, or of another number of them the first one's.
+def restore_process(run: Run, states: Sequence[Mapping[str, Any]]) -> None:
+    """Restore the random generators and meter of this process.
+
+    If the number of processes has changed, rank 0 continues its own random numbers, and the others
+    begin new ones.
 
     Args:
         run: The run.
-        states: Their states by rank.
+        states: The states of the saved processes by rank.
     """
     here = world()
-    as_many = len(states) == here.size
-    state = states[here.rank] if as_many else states[0]
-    set_random_state(state["random"])
-    if not as_many and not here.is_main:  # two ranks must not draw the same masks
-        seed_process(run.config.train.seed, run.progress.step)
-    if as_many:
-        run.meter.load_state_dict(state["meter"])
+    if len(states) == here.size:
+        set_random_state(states[here.rank]["random"])
+        run.meter.load_state_dict(states[here.rank]["meter"])
         return
+    set_random_state(states[0]["random"])
+    if not here.is_main:
+        seed_process(run.config.train.seed, run.progress.step)
     logger.info(
-        "resumed by %d processes, saved by %d: the batches stay the same, sums of a part of a "
-        "batch may differ",
+        "resumed by %d processes, saved by %d: the batches stay the same; dropout masks, and sums "
+        "over a process's share, differ",
         here.size,
         len(states),
     )
 
 
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], key: str) -> None:
-    """Take over an optimizer's state, but not its options: those are the configuration's.
+    """Load an optimizer's state, but not its options: those are the configuration's.
 
     Raises:
         CheckpointError: The saved state belongs to other parameters or another optimizer.
     """
     current = optimizer.state_dict()
-    places = [group["params"] for group in current["param_groups"]]
-    if places != [group["params"] for group in saved["param_groups"]]:
+    groups = [group["params"] for group in current["param_groups"]]
+    if groups != [group["params"] for group in saved["param_groups"]]:
         raise CheckpointError(
             f"{key}: the checkpoint's optimizer grouped the parameters differently, so it cannot "
             "go on; keep optimizer.bias_lr_factor, bias_weight_decay and layer_decay, or start a "
@@ -132,5 +134,5 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], key: str) -> 
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                # In the parameter's memory layout again: kernels walk both side by side.
+                # In the parameter's memory layout, since fused kernels read both in parallel.
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

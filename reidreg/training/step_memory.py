@@ -1,4 +1,4 @@
-"""One step of training as a trial: what memory it takes, with nothing left behind."""
+"""The memory that one training step takes, measured without changing the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reidreg.training.optimizers import make_optimizer
 
 
 class Memory(Protocol):
-    """The memory that a trial is measured by; see `reidreg.machine.gpu_memory.CudaMemory`."""
+    """What measures a step; see `reidreg.machine.gpu_memory.CudaMemory`."""
 
     def reset(self) -> None: ...
     def peak(self) -> int: ...
@@ -28,18 +28,18 @@ class Memory(Protocol):
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a step needs: forward, loss, backward, and room for what the optimizer will keep.
+class StepProbe:
+    """Makes single steps of noise: forward pass, losses and backward pass.
 
-    The model is tried as it is, not compiled, which takes minutes and seldom more memory.
+    The model is not compiled for it: that takes minutes and seldom more memory.
 
     Args:
         model: The model, on its device.
-        objective: The loss, on the same device.
+        objective: The losses, on the same device.
         size: Height and width of the input.
         device: Where training runs.
-        dtype: In which arithmetic.
-        state: Bytes that the optimizer's state will take and does not take yet.
+        dtype: The precision of the backbone's arithmetic.
+        state: Bytes of optimizer state that are not allocated yet.
     """
 
     model: Model
@@ -50,50 +50,54 @@ class Trial:
     state: int
 
     def need(self, pids: Tensor, memory: Memory) -> int:
-        """The bytes that this process holds at the peak of a step, weights and all.
+        """Make a step, and return the bytes that this process needs at its peak, weights included.
 
         Args:
             pids: (B,) labels of the batch; the images are noise.
-            memory: What is measured by.
+            memory: Measures the peak.
 
         Raises:
-            torch.OutOfMemoryError: There are not as many.
+            torch.OutOfMemoryError: The step does not fit.
         """
         memory.reset()
-        with undisturbed(self.model, self.objective):
-            self._step(pids.to(self.device))
+        with restoring_state(self.model, self.objective):
+            self.step(pids.to(self.device))
         return memory.peak() + self.state
 
-    def _step(self, pids: Tensor) -> None:
+    def step(self, pids: Tensor) -> None:
+        """Make a step of this process's images alone, without the optimizer.
+
+        Args:
+            pids: (B,) labels, on the device.
+        """
         self.model.train()
         images = torch.randn(len(pids), 3, *self.size, device=self.device)
         images = images.contiguous(memory_format=torch.channels_last)
-        # With this process's images alone, also where losses see the batch of all processes.
-        step = ModelWithLosses(self.model, self.objective, self.dtype, gathered=False)
-        loss, _, _ = step(images, pids, torch.zeros_like(pids))
+        forward = ModelWithLosses(self.model, self.objective, self.dtype, gathered=False)
+        loss, _, _ = forward(images, pids, torch.zeros_like(pids))
         loss.backward()
 
-    def reckon(self, pids: Tensor, memory: Memory) -> int | None:
-        """What `need` would be where a whole step cannot be made: a line through two smaller ones.
+    def estimate(self, pids: Tensor, memory: Memory) -> int | None:
+        """Estimate `need` for a step that does not fit, by a line through two smaller ones.
 
-        None where those cannot be made either.
+        None where those do not fit either.
         """
         small, large = len(pids) // 8, len(pids) // 4
         if small < 2:
             return None
         try:
             below, above = (self.need(pids[:size], memory) for size in (small, large))
-        except Exception:  # out of memory again, or a loss that wants more images than these
+        except Exception:  # out of memory again, or a loss that needs more images than these
             return None
         return above + (above - below) * (len(pids) - large) // (large - small)
 
 
 @contextlib.contextmanager
-def undisturbed(*modules: nn.Module) -> Iterator[None]:
-    """Leave modules as they were, but for what steps of an optimizer change, and all randomness.
+def restoring_state(*modules: nn.Module) -> Iterator[None]:
+    """Restore modules and random generators at the end of the block.
 
-    Kept are buffers such as the statistics of batch normalisation, the modes, and the states of
-    the global generators; gradients are forgotten.
+    That is buffers such as running statistics, training modes, and the global generators.
+    Gradients are set to None. Parameters are not restored: the block must not step an optimizer.
     """
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     modes = [(part, part.training) for module in modules for part in module.modules()]
@@ -113,10 +117,10 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
 
 
 def missing_state(optimizer: Optimizer, config: OptimizerConfig) -> int:
-    """The bytes that an optimizer's state will take and does not take yet.
+    """The bytes of optimizer state that are not allocated yet.
 
-    An optimizer makes its state in its first step. How much that is for a byte of parameters shows
-    on one small parameter, without a word of how the optimizer works.
+    An optimizer allocates its state in its first step. A step of the same optimizer on one small
+    parameter shows how many bytes that is for each byte of parameters.
     """
     own = [p for group in optimizer.param_groups for p in group["params"]]
     held = sum(_state_bytes(optimizer.state[p]) for p in own if p in optimizer.state)
@@ -125,13 +129,14 @@ def missing_state(optimizer: Optimizer, config: OptimizerConfig) -> int:
 
 
 def _state_share(config: OptimizerConfig) -> float:
-    state = random_state()  # some optimizers draw noise
+    """The bytes of state for each byte of a parameter."""
+    state = random_state()  # some optimizers draw random numbers
     parameter = nn.Parameter(torch.zeros(64, 64))
     parameter.grad = torch.ones_like(parameter)
-    twin = make_optimizer(config, [("weight", parameter)])
-    twin.step()
+    optimizer = make_optimizer(config, [("weight", parameter)])
+    optimizer.step()
     set_random_state(state)
-    return _state_bytes(twin.state[parameter]) / (parameter.numel() * parameter.element_size())
+    return _state_bytes(optimizer.state[parameter]) / (parameter.numel() * parameter.element_size())
 
 
 def _state_bytes(state: dict[str, object]) -> int:

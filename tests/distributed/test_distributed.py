@@ -43,7 +43,7 @@ from reidreg.machine.world import World
 from reidreg.model.embedder import make_embedder
 from reidreg.model.model import build_model
 from reidreg.parts.interfaces import Sampler
-from reidreg.training.forward import Network
+from reidreg.training.forward import TrainingForward
 from reidreg.training.objective import Objective
 from reidreg.training.run import build_run
 from runs import Values, at_most_apart, differing, killed_and_resumed, lines_of, trained
@@ -169,7 +169,7 @@ def small_gradients(parts: int, shared: bool, branches: bool, steps: int = 2) ->
     model: Any = _Small(branches, by_batch=not shared)
     objective = small_objective(branches)
     with joined(CPU, 20.0) as place:
-        network = Network(model, objective, torch.float32, gathered=shared)
+        network = TrainingForward(model, objective, torch.float32, gathered=shared)
         images, pids = small_batch()
         own = place.share(16)
         # The first step finds out what is used, the second goes by it.
@@ -220,7 +220,7 @@ def frozen_then_free() -> list[int]:
     # No loss looks at the logits, which the model gives all the same.
     objective = Objective({"triplet": LOSSES.build("triplet")}, {"triplet": 1.0})
     with joined(CPU, 20.0) as place:
-        network, counts = Network(model, objective, torch.float32), []
+        network, counts = TrainingForward(model, objective, torch.float32), []
         images, pids = (rows[place.share(16)] for rows in small_batch())
         for epoch in range(2):
             model.conv.requires_grad_(epoch > 0)

@@ -17,7 +17,7 @@ from reidreg.errors import ConfigError, DataError, DeviceError
 from reidreg.machine.memory import GIB
 from reidreg.training import batch_size as batch_size_module
 from reidreg.training.batch_size import largest, with_batch_size
-from reidreg.training.step_memory import Trial
+from reidreg.training.step_memory import StepProbe
 from worlds import in_processes
 
 
@@ -51,13 +51,13 @@ def on_a_device_of(images: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Have the search see a device with room for so many images; which sizes it tried."""
     memory, tried = FakeMemory(images), []
 
-    def step(self: Trial, pids: torch.Tensor) -> None:
+    def step(self: StepProbe, pids: torch.Tensor) -> None:
         tried.append(len(pids))
         memory.images = len(pids)
         if len(pids) > images * 1.17:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Trial, "_step", step)
+    monkeypatch.setattr(StepProbe, "step", step)
     monkeypatch.setattr(batch_size_module, "memory_of", lambda device: memory)
     return tried
 
@@ -173,7 +173,7 @@ def test_without_a_device_to_try_it_is_the_samplers_default(
     caplog.set_level("INFO", "reidreg")
     config = load_config("aihub_kaist", auto, {"train.device": "cpu"})
     assert with_batch_size(config).sampler.options["batch_size"] == 64
-    assert "auto: 64, by the sampler's default" in caplog.text
+    assert "auto: 64, the sampler's default" in caplog.text
 
 
 # --------------------------------------------------------------------- the word

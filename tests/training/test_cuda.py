@@ -23,15 +23,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import reidreg
 from conftest import small_run
 from pretended import MixedDevices, Pretended, Race, Stream, pretended_cuda
-from reidreg import LOSSES, device_memory, fit, load_checkpoint, load_config
+from reidreg import LOSSES, fit, load_checkpoint, load_config
 from reidreg.distributed.group import joined
 from reidreg.errors import DeviceError
+from reidreg.machine import gpu_memory
 from reidreg.machine.devices import choose_precision
 from reidreg.machine.gpu_memory import Holder, describe_shortage
 from reidreg.training.batch_size import with_batch_size
+from reidreg.training.divergence import DivergenceCheck
 from reidreg.training.loop import train_step
 from reidreg.training.profiling import WARM_UP, Profile, Stopwatch
-from reidreg.training.run import Run, build_run, synchronise_batchnorm
+from reidreg.training.run import Run, build_run
+from reidreg.training.trainable import synchronise_batchnorm
 from reidreg.values import Batch, Output
 
 # What a step can do more than the guide's, all at once.
@@ -68,7 +71,7 @@ def built(root: Path, output: Path, changes: dict[str, Any], **train: Any) -> Ru
     run = build_run(load_config("aihub_kaist", values, changes))
     run.model.train()
     run.freezer.begin(0)
-    run.network.begin()
+    run.forward.begin()
     return run
 
 
@@ -91,7 +94,7 @@ def test_no_step_waits_for_the_device_and_none_mixes_devices(
         assert seen == 1 or pretended.waits == []
         pretended.waits.clear()
     assert seen >= 4 and pretended.freed_early == 0
-    run.guard.check()
+    run.divergence.check()
     figures = run.meter.take(0.1, run.embedder.device)
     assert math.isfinite(figures["train/loss"]) and pretended.waits
 
@@ -101,13 +104,13 @@ def test_no_backward_pass_has_a_value_looked_at(
     step: str, aihub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = built(aihub_root, tmp_path, STEPS[step], precision="fp16")
-    monkeypatch.setattr(run.guard, "_at_once", False)  # as on other devices
+    run.divergence = DivergenceCheck(torch.device("meta"))  # as on a GPU
     batch = next(run.loader.epoch(0))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         parts = (mode.from_tensor(part) for part in (batch.images, batch.pids, batch.camids))
         train_step(run, Batch(*parts))
         with pytest.raises(DataDependentOutputException):
-            run.guard.check()
+            run.divergence.check()
 
 
 @pytest.mark.gpu
@@ -125,7 +128,7 @@ def test_no_step_waits_for_a_real_device(
                 train_step(run, batch)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    run.guard.check()
+    run.divergence.check()
 
 
 # --------------------------------------------------------------------- whole runs
@@ -312,7 +315,7 @@ def test_a_shortage_is_said_by_what_the_driver_and_torch_tell(
         return [Holder(2**22 + 1, "small", 2**20), Holder(2**22 + 2, "large", 2**33)]
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(device_memory, "compute_apps", holders)
+    monkeypatch.setattr(gpu_memory, "compute_apps", holders)
     line = describe_shortage(torch.device("cuda"), need=2**35)
     assert asked == ["GPU-12-34"]
     assert line.startswith(
@@ -325,7 +328,7 @@ def test_a_shortage_is_said_by_what_the_driver_and_torch_tell(
 def test_a_step_that_does_not_fit_is_refused_before_the_first_one(
     aihub_root: Path, tmp_path: Path, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_memory, "holders", lambda device: [])
+    monkeypatch.setattr(gpu_memory, "holders", lambda device: [])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**34)
     values = small_run(aihub_root, tmp_path / "run")
     values["train"]["device"] = "cuda"

@@ -16,7 +16,8 @@ import reference_system
 from reference_system import Recipe, ReferenceModel, ReferenceTrainer
 from reidreg import Config, Sample, fit, load_checkpoint, load_config
 from reidreg.model.model import Model
-from reidreg.training.run import Run, build_run, start_weights
+from reidreg.training.initial_weights import start_weights
+from reidreg.training.run import Run, build_run
 
 EPOCHS = 5
 CENTER = {"losses.center": {"name": "center", "weight": 5e-4}}

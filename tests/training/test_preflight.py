@@ -25,9 +25,9 @@ from reidreg.errors import ConfigError, DataError, DeviceError
 from reidreg.machine.memory import GIB
 from reidreg.training import preflight as preflight_module
 from reidreg.training.optimizers import make_optimizer
-from reidreg.training.preflight import check_memory, handful, rehearse_evaluation, spread
+from reidreg.training.preflight import check_memory, few_images, rehearse_evaluation, spread
 from reidreg.training.run import Run, build_run
-from reidreg.training.step_memory import Trial, missing_state, undisturbed
+from reidreg.training.step_memory import StepProbe, missing_state, restoring_state
 
 
 class FakeMemory:
@@ -56,13 +56,13 @@ class FakeMemory:
 
 def measured_by(memory: FakeMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have steps take what the fake says, besides what they really do."""
-    real = Trial._step
+    real = StepProbe.step
 
-    def step(self: Trial, pids: torch.Tensor) -> None:
+    def step(self: StepProbe, pids: torch.Tensor) -> None:
         memory.step(len(pids))
         real(self, pids)
 
-    monkeypatch.setattr(Trial, "_step", step)
+    monkeypatch.setattr(StepProbe, "step", step)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -128,7 +128,7 @@ def test_the_trial_leaves_statistics_gradients_modes_and_randomness_alone(run: R
 
 def test_what_a_failed_step_did_is_undone_too(run: Run) -> None:
     norm = torch.nn.BatchNorm1d(3)
-    with pytest.raises(ZeroDivisionError), undisturbed(norm):
+    with pytest.raises(ZeroDivisionError), restoring_state(norm):
         norm(torch.randn(4, 3)).sum().backward()
         raise ZeroDivisionError
     assert norm.running_mean is not None and not norm.running_mean.any()
@@ -145,7 +145,7 @@ def test_a_step_that_does_not_fit_is_said_with_what_it_would_need(
     monkeypatch.setattr(
         preflight_module, "describe_shortage", lambda device, need: said.append(need) or "short"
     )
-    monkeypatch.setattr(Trial, "_step", lambda self, pids: memory.step(len(pids)))
+    monkeypatch.setattr(StepProbe, "step", lambda self, pids: memory.step(len(pids)))
     pids = torch.arange(64) // 4
     monkeypatch.setattr(run.loader, "pids_of", lambda indices: pids)
     memory = FakeMemory(available=4, per_image=0.1)
@@ -337,26 +337,26 @@ def test_each_query_of_the_handful_has_a_match_by_another_camera() -> None:
     gallery = samples(
         *[(-1, 0)] * 50, *[(pid, 1) for pid in range(100)], *[(pid, 2) for pid in range(50, 100)]
     )
-    chosen, shown = handful(query, gallery)
+    chosen, shown = few_images(query, gallery)
     assert len(chosen) == 8 and len({sample.pid for sample in chosen}) == 8
     assert all(matched(chosen, shown)) and len(shown) <= 32
     # People from all over the data, and others beside them.
     assert max(sample.pid for sample in chosen) - min(sample.pid for sample in chosen) > 80
     assert {sample.pid for sample in shown} - {sample.pid for sample in chosen}
-    assert handful(query, gallery) == (chosen, shown)
+    assert few_images(query, gallery) == (chosen, shown)
 
 
 def test_people_whom_one_camera_saw_are_passed_over_unless_there_are_no_others() -> None:
     alone = samples(*[(pid, 0) for pid in range(20)])
     query, gallery = [*alone, *samples((50, 0))], [*alone, *samples((50, 1))]
-    chosen, shown = handful(query, gallery)
+    chosen, shown = few_images(query, gallery)
     assert [sample.pid for sample in chosen] == [50] and matched(chosen, shown) == [True]
-    chosen, shown = handful(alone, alone)
+    chosen, shown = few_images(alone, alone)
     assert len(chosen) == 8 and {q.pid for q in chosen} <= {g.pid for g in shown}
 
 
 def test_without_any_match_there_is_still_something_to_ask_about() -> None:
-    chosen, shown = handful(samples((1, 0), (2, 0)), samples((3, 0)))
+    chosen, shown = few_images(samples((1, 0), (2, 0)), samples((3, 0)))
     assert [sample.pid for sample in chosen] == [1, 2] and [sample.pid for sample in shown] == [3]
 
 

@@ -13,8 +13,9 @@ import torch
 from conftest import small_run
 from reidreg import fit, load_checkpoint, load_config
 from reidreg.errors import ConfigError
+from reidreg.logs.step_phases import StepListener
 from reidreg.training.meter import Meter
-from reidreg.training.profiling import WARM_UP, Profile, StepListener, Stopwatch, profile_table
+from reidreg.training.profiling import WARM_UP, Profile, Stopwatch, profile_table
 from worlds import in_processes
 
 CPU = torch.device("cpu")
@@ -45,14 +46,14 @@ def test_a_profiled_run_is_the_same_run_with_a_trace_and_a_table(
 
 def profiled(values: dict[str, Any]) -> dict[str, Any]:
     """A profiled run, in which the profile takes longer to write than a step may."""
-    write = Profile._write
+    write = Profile.write
 
     def slowly(self: Profile) -> None:
         time.sleep(8)
         write(self)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Profile, "_write", slowly)
+        monkeypatch.setattr(Profile, "write", slowly)
         return fit(load_config("aihub_kaist", values), profile=1)
 
 
@@ -69,15 +70,15 @@ def test_of_several_processes_the_first_is_profiled_and_the_others_wait(
     assert (tmp_path / "run/train.log").read_text().count("profile of 1 steps") == 1
 
 
-def steps(phases: StepListener, count: int) -> None:
+def steps(listener: StepListener, count: int) -> None:
     """Steps of two phases, 2 ms of data and 6 ms of the rest."""
-    phases.begin("data")
+    listener.begin("data")
     for _ in range(count):
         time.sleep(0.002)
-        phases.begin("forward")
+        listener.begin("forward")
         time.sleep(0.006)
-        phases.end_step()
-    phases.end_epoch()
+        listener.end_step()
+    listener.end_epoch()
 
 
 def test_phases_are_timed_after_the_warm_up_and_between_epochs_nothing_is(
@@ -127,10 +128,10 @@ def test_shares_add_up_to_the_whole() -> None:
 
 
 def test_what_listens_to_nothing_costs_nothing() -> None:
-    phases = StepListener()
+    listener = StepListener()
     start = time.process_time()
     for _ in range(10_000):
-        phases.begin("forward")
+        listener.begin("forward")
     assert (time.process_time() - start) / 10_000 < 20e-6
 
 

@@ -21,9 +21,10 @@ from conftest import as_flags
 from reidreg import Config, fit, load_checkpoint, load_config
 from reidreg.errors import CheckpointError, ConfigError, DataError, DivergedError
 from reidreg.model.checkpoint import save_checkpoint
-from reidreg.training.divergence import Guard
+from reidreg.training.divergence import DivergenceCheck
+from reidreg.training.initial_weights import start_weights
 from reidreg.training.loop import train_step
-from reidreg.training.run import Run, build_run, start_weights
+from reidreg.training.run import Run, build_run
 from reidreg.training.state import capture
 from runs import Values, differing, lines_of
 
@@ -359,7 +360,7 @@ def test_init_from_takes_the_weights_but_not_a_classifier_of_others(
     key = "backbone.net.layer4.0.conv2.weight"
     assert torch.allclose(old[key], new[key], atol=1e-6)
     assert not torch.allclose(old["head.classifier.weight"], new["head.classifier.weight"])
-    assert "starting anew: head.classifier.weight" in (tmp_path / "tuned/train.log").read_text()
+    assert "not loaded: head.classifier.weight" in (tmp_path / "tuned/train.log").read_text()
 
 
 def test_init_from_another_architecture_is_refused(tiny: Values, tmp_path: Path) -> None:
@@ -460,7 +461,7 @@ def test_parts_and_losses_that_compare_images_are_warned_of(
 def test_averaged_weights_are_evaluated_kept_and_follow_the_formula(tiny: Values) -> None:
     run = build_run(configure(tiny, train__ema_decay=0.9))
     start_weights(run, None)
-    assert run.average is not None and run.embedder.model is run.average.model
+    assert run.ema is not None and run.embedder.model is run.ema.model
     expected = {k: v.clone().double() for k, v in run.model.state_dict().items()}
     for number in (1, 2, 3):
         step(run)
@@ -468,13 +469,13 @@ def test_averaged_weights_are_evaluated_kept_and_follow_the_formula(tiny: Values
         decay = min(0.9, 1 - number ** (-2 / 3)) if number > 1 else 0.0
         for key, value in run.model.state_dict().items():
             expected[key] = decay * expected[key] + (1 - decay) * value.double()
-    for key, value in run.average.model.state_dict().items():
+    for key, value in run.ema.model.state_dict().items():
         if value.is_floating_point():
             assert torch.allclose(value.double(), expected[key], atol=1e-6), key
     saved = capture(run)
     assert saved.training is not None
     key = "backbone.net.conv1.0.weight"
-    assert torch.equal(saved.model[key], run.average.model.state_dict()[key])
+    assert torch.equal(saved.model[key], run.ema.model.state_dict()[key])
     assert torch.equal(saved.training["model"][key], run.model.state_dict()[key])
     assert not torch.equal(saved.model[key], saved.training["model"][key])
 
@@ -539,7 +540,7 @@ def test_a_compiled_model_trains_to_the_same_figures(tiny: Values, tmp_path: Pat
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_the_guard_names_the_first_step_that_was_not_finite(at_once: bool) -> None:
-    guard = Guard(torch.device("cpu" if at_once else "meta"))
+    guard = DivergenceCheck(torch.device("cpu" if at_once else "meta"))
     fine, bad = torch.tensor(1.5), torch.tensor(float("nan"))
     guard.watch(1, fine, fine, {"id": fine})
     guard.check()
@@ -551,7 +552,7 @@ def test_the_guard_names_the_first_step_that_was_not_finite(at_once: bool) -> No
     with pytest.raises(DivergedError, match=r"the gradient is nan at step 2 \(id 2\.5\)"):
         for attempt in failing:
             attempt()
-    guard = Guard(torch.device("meta"))
+    guard = DivergenceCheck(torch.device("meta"))
     guard.watch(7, bad, None, {"id": bad})
     with pytest.raises(DivergedError, match=r"the loss is nan at step 7 \(id nan\)"):
         guard.check()
