@@ -50,24 +50,24 @@ class Rule:
         return re.fullmatch("".join(parts), key) is not None
 
 
-_ORDER = "a place in the epoch would be other images"
-_MODEL = "the weights belong to the model that they were trained in"
-_INPUT = "the weights were trained on images of the other kind"
+_ORDER = "the rest of the epoch would be other images"
+_MODEL = "the weights belong to the model with which they were trained"
+_INPUT = "the weights were trained on images of the former kind"
 _EVALUATION = "it changes figures, not weights"
 _SPEED = "it changes how fast a run is, not what it learns"
-_STEERING = "it steers the steps to come"
+_NEXT_STEPS = "it only affects the steps to come"
 
 # The first rule that covers a key counts. The last rule of a section is the default for the options
 # of plugins and for unlisted ones; it is conservative.
 RULES = (
-    Rule("dataset.root", ALLOWED, "the same data may lie elsewhere now"),
+    Rule("dataset.root", ALLOWED, "the same data may have been moved"),
     Rule("dataset.query_folder", ALLOWED, _EVALUATION),
     Rule("dataset.gallery_folder", ALLOWED, _EVALUATION),
     Rule("dataset.**", BETWEEN_EPOCHS, _ORDER),
     Rule("input.flip_test", ALLOWED, _EVALUATION),
-    Rule("input.flip_prob", ALLOWED, _STEERING),
-    Rule("input.padding", ALLOWED, _STEERING),
-    Rule("input.erasing_prob", ALLOWED, _STEERING),
+    Rule("input.flip_prob", ALLOWED, _NEXT_STEPS),
+    Rule("input.padding", ALLOWED, _NEXT_STEPS),
+    Rule("input.erasing_prob", ALLOWED, _NEXT_STEPS),
     Rule("input.**", REFUSED, _INPUT),
     Rule("sampler.**", BETWEEN_EPOCHS, _ORDER),
     Rule("backbone.pretrained", ALLOWED, "the weights come from the checkpoint"),
@@ -76,11 +76,11 @@ RULES = (
     Rule("head.**", REFUSED, _MODEL),
     Rule("losses.*", REFUSED, "a term of the loss cannot come or go"),
     Rule("losses.*.name", REFUSED, "the state of the loss belongs to another"),
-    Rule("losses.**", ALLOWED, _STEERING),
+    Rule("losses.**", ALLOWED, _NEXT_STEPS),
     Rule("optimizer.name", REFUSED, "the saved state is that of another optimizer"),
     # Whether they group the parameters alike shows when the state is loaded.
-    Rule("optimizer.**", ALLOWED, _STEERING),
-    Rule("schedule.**", ALLOWED, _STEERING),
+    Rule("optimizer.**", ALLOWED, _NEXT_STEPS),
+    Rule("schedule.**", ALLOWED, _NEXT_STEPS),
     Rule("evaluator.**", ALLOWED, _EVALUATION),
     Rule("validation.**", REFUSED, "other identities would be trained on"),
     Rule("train.seed", BETWEEN_EPOCHS, _ORDER),
@@ -94,21 +94,19 @@ RULES = (
     Rule("train.device", ALLOWED, _SPEED),
     Rule("train.precision", ALLOWED, "the weights are float32 in every precision"),
     Rule("train.compile", ALLOWED, _SPEED),
-    Rule("train.accumulate", ALLOWED, _STEERING),
-    Rule(
-        "train.ema_decay", ALLOWED, "an average can begin, or end, with the weights that are there"
-    ),
-    Rule("train.freeze", ALLOWED, _STEERING),
-    Rule("train.freeze_epochs", ALLOWED, _STEERING),
+    Rule("train.accumulate", ALLOWED, _NEXT_STEPS),
+    Rule("train.ema_decay", ALLOWED, "an average can begin, or end, with the current weights"),
+    Rule("train.freeze", ALLOWED, _NEXT_STEPS),
+    Rule("train.freeze_epochs", ALLOWED, _NEXT_STEPS),
     Rule("train.cache", ALLOWED, _SPEED),
-    Rule("train.gather", ALLOWED, _STEERING),
-    Rule("train.sync_batchnorm", ALLOWED, _STEERING),
+    Rule("train.gather", ALLOWED, _NEXT_STEPS),
+    Rule("train.sync_batchnorm", ALLOWED, _NEXT_STEPS),
     Rule("train.rank_timeout", ALLOWED, "it changes how long processes wait"),
-    Rule("train.preflight", ALLOWED, "it looks and changes nothing"),
+    Rule("train.preflight", ALLOWED, "it changes nothing in the run"),
     Rule("train.**", BETWEEN_EPOCHS, "it may change what the steps of an epoch are"),
     Rule("wandb.**", ALLOWED, "it changes what is logged"),
     Rule("init_from", ALLOWED, "the weights come from the checkpoint"),
-    Rule("output_dir", ALLOWED, "a run may go on elsewhere"),
+    Rule("output_dir", ALLOWED, "a run may be resumed in another folder"),
     Rule("**", BETWEEN_EPOCHS, "it may change what the steps of an epoch are"),
 )
 
@@ -202,8 +200,8 @@ def _refusal(refused: list[Change], epoch: int, batch: int) -> str:
     middle = all(change.rule.verdict is BETWEEN_EPOCHS for change in refused)
     where = f" inside epoch {epoch + 1}, after step {batch} of it" if middle else ""
     return (
-        f"this run cannot go on{where} with other options: {said}; keep what was, or start a new "
-        "run from the weights with --init_from CKPT and another --output_dir"
+        f"this run cannot go on{where} with other options: {said}; keep the old ones, or start a "
+        "new run from the weights with --init_from CKPT and another --output_dir"
     )
 
 
@@ -212,7 +210,7 @@ def _check_length(epoch: int, batch: int, epochs: int) -> None:
     if epochs < epoch + (batch > 0):
         done = f"{epoch} epochs and {batch} steps" if batch else f"{epoch} epochs"
         raise CheckpointError(
-            f"train.epochs: {epochs} is less than what is done ({done}); give at least "
+            f"train.epochs: {epochs} is less than the run has made ({done}); give at least "
             f"{epoch + (batch > 0)}, or start a new run from the weights with --init_from CKPT and "
             "another --output_dir"
         )

@@ -1,4 +1,4 @@
-"""The search for the largest batch, and what becomes of `auto`."""
+"""`batch_size: auto`: the search for the largest batch, and how the option is parsed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from worlds import in_processes
 
 
 class FakeMemory:
-    """A device whose peak is a plain sum over the images of a step."""
+    """A device whose peak memory is proportional to the images of a step."""
 
     def __init__(self, images: float) -> None:
         self.limit = images  # of 0.1 GiB each that fit into 85 %
@@ -48,7 +48,7 @@ def auto(aihub_root: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def on_a_device_of(images: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Have the search see a device with room for so many images; which sizes it tried."""
+    """Let the search find a device with memory for `images`; returns the sizes that it tries."""
     memory, tried = FakeMemory(images), []
 
     def step(self: StepProbe, pids: torch.Tensor) -> None:
@@ -75,7 +75,7 @@ def test_the_search_finds_the_largest_to_an_eighth(unit: int, limit: int, most: 
 
     def batch_of(size: int) -> list[int]:
         if size > most * unit:
-            raise DataError("there are not so many")
+            raise DataError("too few images")
         return [0] * size
 
     def fits(batch: list[int]) -> bool:
@@ -89,11 +89,11 @@ def test_the_search_finds_the_largest_to_an_eighth(unit: int, limit: int, most: 
     assert len(tried) == len(set(tried)) <= 20 and max(tried) <= most * unit
 
 
-def test_where_the_smallest_does_not_fit_there_is_none() -> None:
+def test_it_finds_nothing_if_the_smallest_batch_does_not_fit() -> None:
     assert largest(4, lambda size: [0] * size, lambda batch: False) is None
 
 
-def test_where_the_sampler_makes_none_its_words_are_kept() -> None:
+def test_the_error_of_a_sampler_that_can_make_no_batch_is_raised() -> None:
     def refuse(size: int) -> list[int]:
         raise DataError(f"no {size}")
 
@@ -105,7 +105,7 @@ def test_where_the_sampler_makes_none_its_words_are_kept() -> None:
 
 
 @pytest.mark.parametrize(("images", "expected"), [(9, 8), (5, 4), (7, 6), (1000, 12)])
-def test_the_largest_that_fits_is_taken(
+def test_the_largest_batch_that_fits_is_taken(
     auto: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     images: int,
@@ -122,7 +122,7 @@ def test_the_largest_that_fits_is_taken(
     assert "optimizer.lr 0.00035 is not scaled" in caplog.text
 
 
-def test_parts_of_a_batch_are_what_has_to_fit(
+def test_with_accumulation_only_a_part_of_the_batch_has_to_fit(
     auto: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = on_a_device_of(5, monkeypatch)
@@ -131,7 +131,7 @@ def test_parts_of_a_batch_are_what_has_to_fit(
     assert tried[0] == 4
 
 
-def test_random_batches_end_with_the_data(
+def test_a_random_batch_is_at_most_the_data(
     auto: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_a_device_of(1e6, monkeypatch)
@@ -139,7 +139,7 @@ def test_random_batches_end_with_the_data(
     assert 32 <= with_batch_size(config).sampler.options["batch_size"] <= 40
 
 
-def test_a_device_too_small_for_the_smallest_is_said(
+def test_a_device_too_small_for_the_smallest_batch_is_an_error(
     auto: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_a_device_of(3, monkeypatch)
@@ -148,12 +148,12 @@ def test_a_device_too_small_for_the_smallest_is_said(
         with_batch_size(load_config("aihub_kaist", auto))
 
 
-def test_a_number_is_left_as_it_is(auto: dict[str, Any]) -> None:
+def test_a_number_is_not_changed(auto: dict[str, Any]) -> None:
     config = load_config("aihub_kaist", auto, flags=["--sampler.batch_size", "4"])
     assert with_batch_size(config) is config
 
 
-def test_a_run_writes_the_number_and_keeps_it_on_a_resume(
+def test_a_run_saves_the_number_and_keeps_it_on_a_resume(
     auto: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = on_a_device_of(9, monkeypatch)
@@ -167,7 +167,7 @@ def test_a_run_writes_the_number_and_keeps_it_on_a_resume(
     assert load_checkpoint(last).config["sampler"]["batch_size"] == 8 and not tried
 
 
-def test_without_a_device_to_try_it_is_the_samplers_default(
+def test_without_cuda_it_is_the_samplers_default(
     auto: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "reidreg")
@@ -176,10 +176,10 @@ def test_without_a_device_to_try_it_is_the_samplers_default(
     assert "auto: 64, the sampler's default" in caplog.text
 
 
-# --------------------------------------------------------------------- the word
+# --------------------------------------------------------------------- the option
 
 
-def test_the_word_survives_a_round_trip_and_later_ones_win() -> None:
+def test_auto_survives_a_round_trip_and_later_values_win() -> None:
     config = load_config("aihub_kaist", {"sampler.batch_size": "auto", "sampler.instances": 3})
     assert config.sampler.options == {"batch_size": "auto", "instances": 3}
     assert load_config(config.as_dict()) == config
@@ -190,13 +190,13 @@ def test_the_word_survives_a_round_trip_and_later_ones_win() -> None:
 
 
 @pytest.mark.parametrize("flag", ["--sampler.batch_size=atuo", "--sampler.instances=auto"])
-def test_no_other_word_and_no_other_option(flag: str) -> None:
+def test_no_other_word_and_no_other_option_is_accepted(flag: str) -> None:
     key = flag[2:].partition("=")[0]
     with pytest.raises(ConfigError, match=f"^{key}: expected a whole number"):
         load_config("aihub_kaist", flags=[flag])
 
 
-def test_a_default_is_lowered_to_what_goes_with_the_other_options(auto: dict[str, Any]) -> None:
+def test_the_default_is_lowered_until_it_divides_evenly(auto: dict[str, Any]) -> None:
     changes = {"sampler.instances": 3, "train.accumulate": 2, "train.device": "cpu"}
     sized = with_batch_size(load_config("aihub_kaist", auto, changes))
     assert sized.sampler.options["batch_size"] == 60
@@ -206,7 +206,7 @@ def test_a_default_is_lowered_to_what_goes_with_the_other_options(auto: dict[str
 
 
 def sized(values: dict[str, Any], limits: tuple[float, ...]) -> tuple[int, list[int]]:
-    """The size that a process of several comes to, each on a device of its own; what it tried."""
+    """The size that each of several processes finds on its own device, and the sizes it tried."""
     with pytest.MonkeyPatch.context() as monkeypatch, joined(torch.device("cpu"), 20.0) as place:
         limit = limits[place.rank]
         tried = on_a_device_of(limit, monkeypatch) if limit else []
@@ -214,12 +214,12 @@ def sized(values: dict[str, Any], limits: tuple[float, ...]) -> tuple[int, list[
         return config.sampler.options["batch_size"], tried
 
 
-def test_processes_agree_on_what_the_smallest_device_has_room_for(auto: dict[str, Any]) -> None:
-    # The data have people for batches of twelve images, six in each process.
+def test_processes_agree_on_what_fits_on_the_smallest_device(auto: dict[str, Any]) -> None:
+    # The data have identities for batches of twelve images, six in each process.
     (one, here), (other, there) = in_processes(2, sized, auto, (1000.0, 5.0))
     assert (one, other) == (8, 8) and here == there and max(there) == 6
 
 
-def test_without_devices_to_try_they_can_share_what_they_agree_on(auto: dict[str, Any]) -> None:
+def test_without_cuda_processes_agree_on_a_size_that_divides_evenly(auto: dict[str, Any]) -> None:
     values = {**auto, "train": {**auto["train"], "device": "cpu"}}
     assert in_processes(3, sized, values, (0, 0, 0)) == [(60, [])] * 3

@@ -1,4 +1,4 @@
-"""Training and evaluation on a CUDA device: on a pretended one, and on a real one where one is."""
+"""Training and evaluation on a CUDA device: a pretended one, and a real one if available."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from reidreg.training.run import Run, build_run
 from reidreg.training.trainable import synchronise_batchnorm
 from reidreg.values import Batch, Output
 
-# What a step can do more than the guide's, all at once.
+# Everything that a step can do beyond the guide's configuration.
 FULL = {
     "losses.center": {"name": "center", "weight": 0.0005},
     "losses.soft": {"name": "triplet", "weight": 1.0, "margin": None},
@@ -87,7 +87,7 @@ def test_no_step_waits_for_the_device_and_none_mixes_devices(
     assert run.scaler.is_enabled() == (precision == "fp16")
     seen = 0
     for seen, batch in enumerate(run.loader.epoch(0), start=1):
-        if seen > 1:  # the first one brought tables over, and set its optimizer up
+        if seen > 1:  # the first one copied tables to the device, and set up its optimizer
             assert pretended.waits == []
         train_step(run, batch)
         del batch
@@ -100,7 +100,7 @@ def test_no_step_waits_for_the_device_and_none_mixes_devices(
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_no_backward_pass_has_a_value_looked_at(
+def test_no_step_reads_a_value_from_the_device(
     step: str, aihub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = built(aihub_root, tmp_path, STEPS[step], precision="fp16")
@@ -122,7 +122,7 @@ def test_no_step_waits_for_a_real_device(
     run = built(aihub_root, tmp_path, STEPS[step], device="cuda", precision=precision)
     for seen, batch in enumerate(run.loader.epoch(0), start=1):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the mode may not see every wait
+            warnings.simplefilter("ignore")  # a warning that the mode may miss some waits
             torch.cuda.set_sync_debug_mode("error" if seen > 1 else "default")
             try:
                 train_step(run, batch)
@@ -180,10 +180,10 @@ def test_a_device_of_another_number_is_the_current_one_while_it_is_used(
         assert places == [None]
 
 
-# --------------------------------------------------------------------- what is seen is seen
+# --------------------------------------------------------------------- the pretended device
 
 
-def test_the_pretended_device_sees_what_it_is_there_for(pretended: Pretended) -> None:
+def test_the_pretended_device_detects_waits_and_mixed_devices(pretended: Pretended) -> None:
     here, there = torch.ones(3), torch.ones(3, device="cuda")
     with pytest.raises(MixedDevices):
         there + here
@@ -207,7 +207,7 @@ def test_the_pretended_device_sees_what_it_is_there_for(pretended: Pretended) ->
     assert pretended.waits == ["a copy to cpu"]
 
 
-def test_the_pretended_device_sees_streams_that_do_not_wait(pretended: Pretended) -> None:
+def test_the_pretended_device_detects_streams_that_do_not_wait(pretended: Pretended) -> None:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         made = torch.ones(3, device="cuda")
@@ -224,7 +224,7 @@ def test_the_pretended_device_sees_streams_that_do_not_wait(pretended: Pretended
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_the_pretended_device_sees_memory_that_is_freed_early(
+def test_the_pretended_device_detects_memory_that_is_freed_early(
     recorded: bool, pretended: Pretended
 ) -> None:
     stream = torch.cuda.Stream()
@@ -240,17 +240,17 @@ def test_the_pretended_device_sees_memory_that_is_freed_early(
     assert pretended.freed_early == (0 if recorded else 1)
 
 
-def test_a_loss_that_looks_at_a_value_is_noticed(
+def test_a_loss_that_reads_a_value_is_detected(
     aihub_root: Path, tmp_path: Path, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triplet = LOSSES["triplet"]
     forward = triplet.forward
 
-    def looking(self: Any, output: Output, pids: torch.Tensor) -> torch.Tensor:
+    def reading(self: Any, output: Output, pids: torch.Tensor) -> torch.Tensor:
         value: torch.Tensor = forward(self, output, pids)
         return value if value > 0 else value * 0
 
-    monkeypatch.setattr(triplet, "forward", looking)
+    monkeypatch.setattr(triplet, "forward", reading)
     run = built(aihub_root, tmp_path, {}, device="cuda", precision="fp16")
     batches = run.loader.epoch(0)
     train_step(run, next(batches))
@@ -259,10 +259,10 @@ def test_a_loss_that_looks_at_a_value_is_noticed(
     assert pretended.waits == ["_local_scalar_dense"]
 
 
-# --------------------------------------------------------------------- what torch says of a device
+# --------------------------------------------------------------------- torch.cuda
 
 
-def test_what_is_called_of_torch_cuda_is_there_and_takes_these_arguments() -> None:
+def test_torch_cuda_has_the_functions_that_are_called_with_these_arguments() -> None:
     calls = 0
     for path in sorted(Path(reidreg.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -275,7 +275,7 @@ def test_what_is_called_of_torch_cuda_is_there_and_takes_these_arguments() -> No
                 inspect.signature(function).bind(*node.args, **named)
                 calls += 1
     assert calls > 20
-    # What is read of devices, streams and events, whose types are not Python's.
+    # Attributes of devices, streams and events, which the search above does not find.
     for kind, names in {
         torch._C._CudaDeviceProperties: ["uuid"],
         torch.cuda.Stream: ["record_event", "wait_event"],
@@ -295,7 +295,7 @@ def test_what_is_called_of_torch_cuda_is_there_and_takes_these_arguments() -> No
         ((12, 0), torch.bfloat16),  # RTX 5090
     ],
 )
-def test_a_cards_own_precision_is_chosen(
+def test_precision_auto_is_chosen_by_compute_capability(
     capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -304,7 +304,7 @@ def test_a_cards_own_precision_is_chosen(
     assert choose_precision("fp32", device) == torch.float32
 
 
-def test_a_shortage_is_said_by_what_the_driver_and_torch_tell(
+def test_a_shortage_names_the_memory_that_driver_and_torch_report(
     pretended: Pretended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     properties = SimpleNamespace(uuid="12-34")
@@ -343,11 +343,13 @@ def test_a_batch_size_is_searched_on_the_device(
     values["sampler"] = {"batch_size": "auto", "instances": 2}
     values["train"]["device"] = "cuda"
     config = with_batch_size(load_config("aihub_kaist", values))
-    assert config.sampler.options["batch_size"] == 12  # all that the data have
+    assert config.sampler.options["batch_size"] == 12  # the most that the data allow
 
 
-def test_phases_on_a_device_are_timed_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count()  # of the device: it comes to an event when all before it is done
+@pytest.fixture
+def device_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA events on a clock that counts them, once the device has reached them."""
+    clock = itertools.count()
     queued: list[Any] = []
 
     class Timed:
@@ -368,6 +370,10 @@ def test_phases_on_a_device_are_timed_by_its_events(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "Event", Timed)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+
+
+@pytest.mark.usefixtures("device_clock")
+def test_phases_on_a_device_are_timed_by_cuda_events() -> None:
     stopwatch = Stopwatch(torch.device("cuda"))
     for _ in range(2):
         stopwatch.begin("data")
@@ -377,7 +383,8 @@ def test_phases_on_a_device_are_timed_by_its_events(monkeypatch: pytest.MonkeyPa
     assert stopwatch.milliseconds() == {"data": 2, "forward": 2, "other": 2}
 
 
-def test_a_profile_of_a_device_is_written_and_says_how_long_copies_take(
+@pytest.mark.usefixtures("device_clock")
+def test_a_profile_of_a_device_is_written_and_reports_how_long_copies_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "reidreg")
@@ -389,8 +396,7 @@ def test_a_profile_of_a_device_is_written_and_says_how_long_copies_take(
         return record(activities=[CPU])
 
     monkeypatch.setattr(torch.profiler, "profile", without_a_device)
-    profile = Profile(2, tmp_path, torch.device("cpu"))
-    profile._cuda = True
+    profile = Profile(2, tmp_path, torch.device("cuda"))
     for _ in range(WARM_UP + 4):
         profile.begin("forward")
         torch.ones(2) + 1

@@ -1,4 +1,4 @@
-"""The weighted sum of losses, branches, and the optimizers that losses bring."""
+"""The weighted sum of losses, branches, and the losses' own optimizers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_term_of_weight_zero_is_left_out() -> None:
     assert [name for name, _ in objective.shared_parameters()] == ["mean.factor"]
 
 
-def test_a_term_may_be_called_as_a_method_of_a_module_is() -> None:
+def test_a_term_may_have_the_name_of_a_method_of_a_module() -> None:
     for name in ("forward", "items", "type", "training", "step"):
         objective = Objective({name: Mean()}, {name: 1.0})
         assert list(objective(plain(some_features()), PIDS)[1]) == [name]
@@ -66,7 +66,7 @@ def test_branches_give_the_weighted_mean() -> None:
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_a_branch_may_have_branches_and_the_outer_fields_are_not_seen() -> None:
+def test_a_branch_may_have_branches_and_the_outer_fields_are_not_used() -> None:
     a, b, c = (plain(some_features(seed)) for seed in (1, 2, 3))
     inner = Output(torch.full((6, 4), torch.nan), a.embeddings, None, ((a, 1.0), (b, 1.0)))
     outer = Output(torch.full((6, 4), torch.nan), a.embeddings, None, ((inner, 1.0), (c, 2.0)))
@@ -99,7 +99,7 @@ def test_centres_move_to_their_images_whatever_the_weight(weight: float, scaled:
     assert torch.equal(centers[3], before[3])
 
 
-def test_the_weight_of_center_does_scale_what_the_model_sees() -> None:
+def test_the_weight_of_center_scales_the_gradient_of_the_model() -> None:
     gradients = []
     for weight in (1.0, 5e-4):
         torch.manual_seed(0)
@@ -111,7 +111,7 @@ def test_the_weight_of_center_does_scale_what_the_model_sees() -> None:
     assert torch.allclose(gradients[0] * 5e-4, gradients[1], rtol=1e-5)
 
 
-def test_gradients_of_the_centres_are_forgotten_between_steps() -> None:
+def test_gradients_of_the_centres_are_reset_between_steps() -> None:
     loss = LOSSES.build("center", num_classes=4, dim=4)
     objective = Objective({"center": loss}, {"center": 0.5})
     scaler = torch.amp.GradScaler("cpu", enabled=False)

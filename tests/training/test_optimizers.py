@@ -1,4 +1,4 @@
-"""Optimizers by name, and groups of parameters against one group for each tensor."""
+"""Optimizers by name, and parameter groups compared with one group per tensor."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, rates: list[float]) 
 
 
 def one_group_a_tensor(net: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """As the baseline has it: every tensor a group, biases with options of their own."""
+    """As in reid-strong-baseline: one group per tensor, with separate options for biases."""
     groups: list[dict[str, Any]] = []
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
@@ -55,8 +55,8 @@ def one_group_a_tensor(net: nn.Module, config: OptimizerConfig) -> torch.optim.O
         groups.append({"params": [parameter], "lr": lr, "weight_decay": decay, "initial_lr": lr})
     if config.name == "sgd":
         return torch.optim.SGD(groups, momentum=0.9)
-    # With the same kernel: the gradient of a bias before batch normalisation is rounding alone,
-    # which Adam blows up to a whole step.
+    # With the same kernel: the gradient of a bias before batch normalisation is a rounding error,
+    # which Adam scales up to a full step.
     return torch.optim.Adam(groups, fused=True)
 
 
@@ -64,7 +64,7 @@ def one_group_a_tensor(net: nn.Module, config: OptimizerConfig) -> torch.optim.O
 @pytest.mark.parametrize(
     ("factor", "decay"), [(1.0, None), (2.0, None), (1.0, 0.0), (2.0, 0.0), (0.5, 0.1)]
 )
-def test_few_groups_train_as_one_for_each_tensor(
+def test_few_groups_train_as_one_group_per_tensor(
     name: str, factor: float, decay: float | None
 ) -> None:
     config = OptimizerConfig(
@@ -117,7 +117,7 @@ def test_a_group_without_parameters_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
-def test_rates_fall_layer_by_layer_towards_the_input(name: str) -> None:
+def test_learning_rates_fall_layer_by_layer_towards_the_input(name: str) -> None:
     backbone = BACKBONES.build("timm", model=name, pretrained="none", input_size=(32, 32))
     model = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(backbone.dim, 5)})
     scales = layer_scales(model, 0.5)
@@ -171,7 +171,7 @@ def test_betas_are_passed_on() -> None:
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)
 
 
-def test_a_name_of_both_libraries_is_torchs() -> None:
+def test_torchs_optimizer_is_taken_where_timm_has_the_name_too() -> None:
     assert optimizer_class("adamw") is torch.optim.AdamW
     assert optimizer_class("lamb").__module__.startswith("timm.")
 
@@ -188,22 +188,22 @@ def test_every_optimizer_of_torch_and_some_of_timm_lower_a_loss(name: str) -> No
     assert parameter.detach().square().sum() < 14.25
 
 
-def test_a_first_step_that_a_scaler_leaves_out_leaves_no_trace_in_the_momentum() -> None:
+def test_a_first_step_that_a_scaler_skips_does_not_change_the_momentum() -> None:
     parameter = nn.Parameter(torch.ones(1000))
     optimizer = make_optimizer(OptimizerConfig(name="sgd", lr=0.1), [("weight", parameter)])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
     for weight, scale in ((2.0**100, 1.0), (1.0, 1.0)):
         optimizer.zero_grad()
         ballast = [torch.full((1000,), 1e30) for _ in range(100)]
-        del ballast  # what memory may hold that nobody cleared
+        del ballast  # memory that is not zero when it is allocated again
         scaler.scale(weight * parameter.sum()).backward()
         scaler.step(optimizer)
         scaler.update(scale)
-    # The gradient of the only step that was made, with its decay.
+    # The gradient of the only step that was not skipped, with its weight decay.
     assert torch.allclose(parameter.detach(), torch.full((1000,), 1 - 0.1 * (1 + 5e-4)))
 
 
-def test_a_parameter_that_is_freed_later_is_trained_with_momentum_from_then_on() -> None:
+def test_a_parameter_that_is_unfrozen_later_is_trained_with_momentum_from_then_on() -> None:
     first, second = (nn.Parameter(torch.zeros(3)) for _ in range(2))
     config = OptimizerConfig(name="sgd", lr=0.1, weight_decay=0.0)
     optimizer = make_optimizer(config, [("first", first), ("second", second)])
@@ -215,7 +215,7 @@ def test_a_parameter_that_is_freed_later_is_trained_with_momentum_from_then_on()
     assert torch.allclose(second.detach(), torch.full((3,), -0.1 * (1 + 1.9)))
 
 
-def test_where_a_fused_kernel_fails_at_its_first_step_the_other_one_is_used(
+def test_if_a_fused_kernel_fails_at_its_first_step_foreach_is_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*tensors: Any, **options: Any) -> None:
@@ -244,7 +244,7 @@ def test_where_a_fused_kernel_fails_at_its_first_step_the_other_one_is_used(
         ({"name": "sgd", "betas": (0.9, 0.99)}, r"optimizer\.betas: sgd has no betas"),
     ],
 )
-def test_what_an_optimizer_does_not_have_is_refused_in_one_line(
+def test_an_option_that_an_optimizer_does_not_have_is_an_error_of_one_line(
     options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words) as caught:

@@ -1,4 +1,4 @@
-"""Whole runs against the reference system: the start, some tens of steps, and the ranking after."""
+"""Whole runs compared with the reference system: initial weights, tens of steps, and ranking."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EPOCHS = 5
 CENTER = {"losses.center": {"name": "center", "weight": 5e-4}}
 SHUFFLED = {"sampler": {"name": "random", "batch_size": 8}}
 
-# A recipe of the reference, and what it is in reidreg's configuration.
+# A recipe of the reference, and the same in reidreg's configuration.
 RECIPES: dict[str, tuple[Recipe, dict[str, Any]]] = {
     "softmax_triplet": (Recipe(), {}),
     "center": (Recipe(losses=("cross_entropy", "triplet", "center")), CENTER),
@@ -44,7 +44,7 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any]]] = {
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
 def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    """The arithmetic of everything that is built and computed; pixels come as float32."""
+    """The default dtype of all parts and computations; pixels are float32."""
 
     def cast(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return (inputs[0].to(request.param), *inputs[1:]) if isinstance(module, Model) else None
@@ -71,8 +71,8 @@ def configure(aihub_root: Path, output: Path, changes: dict[str, Any]) -> Config
 
 
 def the_reference(run: Run, recipe: Recipe) -> ReferenceTrainer:
-    """The reference with our start, after it has made the steps of all epochs."""
-    # Center loss: its centres are part of the start, too.
+    """The reference with our initial weights, after the steps of all epochs."""
+    # The centres of center loss are initial weights, too.
     centers = run.objective.state_dict().get("terms.term_center.centers")
     labels = len(run.embedder.labels.pids)
     trainer = ReferenceTrainer(recipe, labels, run.model.state_dict(), centers)
@@ -84,7 +84,7 @@ def the_reference(run: Run, recipe: Recipe) -> ReferenceTrainer:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """How far apart two tensors are, as a share of the larger one's norm."""
+    """The norm of the difference of two tensors, relative to the expected one's norm."""
     gap = (found.double() - expected.double()).norm()
     return float(gap / expected.double().norm().clamp(min=1e-12))
 
@@ -98,7 +98,7 @@ def ids_of(query: list[Sample], gallery: list[Sample]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_whole_run_is_the_references(
+def test_a_whole_run_gives_the_references_weights_and_figures(
     name: str, dtype: torch.dtype, aihub_root: Path, tmp_path: Path
 ) -> None:
     recipe, changes = RECIPES[name]
@@ -111,7 +111,7 @@ def test_a_whole_run_is_the_references(
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert checkpoint.step >= 20
 
-    # Each step's rounding is carried into the next: 1e-16 and 1e-7 grow by some powers of ten.
+    # Rounding errors grow from step to step, from 1e-16 and 1e-7 by some powers of ten.
     bound = 1e-9 if dtype == torch.float64 else 2e-2
     expected = reference.model.state_dict()
     assert checkpoint.model.keys() == expected.keys()
@@ -126,7 +126,7 @@ def test_a_whole_run_is_the_references(
         centers = checkpoint.training["objective"]["terms.term_center.centers"]
         assert distance(centers, reference.centers.detach()) < bound
 
-    # The features of the reference's model, from pixels that both are given alike.
+    # The features of both models, from the same pixels.
     query, gallery = list(run.dataset.query), list(run.dataset.gallery)
     run.model.load_state_dict(checkpoint.model)
     features = [run.embedder.embed(samples, "images").features for samples in (query, gallery)]
@@ -142,7 +142,7 @@ def test_a_whole_run_is_the_references(
     assert figures["cmc"][:10] == pytest.approx(cmc, abs=near)
 
 
-def test_an_untrained_network_starts_as_the_references_does(
+def test_initial_weights_have_the_references_distributions(
     aihub_root: Path, tmp_path: Path
 ) -> None:
     run = build_run(configure(aihub_root, tmp_path / "run", {}))
@@ -152,12 +152,12 @@ def test_an_untrained_network_starts_as_the_references_does(
     assert ours.keys() == theirs.keys()
     for key, expected in theirs.items():
         found = ours[key]
-        if expected.dim() < 2:  # gains, biases and running statistics are no random numbers
+        if expected.dim() < 2:  # gains, biases and running statistics are not random
             assert torch.equal(found, expected), key
             continue
         spread = float(expected.std())
         error = spread / found.numel() ** 0.5
         assert abs(float(found.mean())) < 5 * error, key
         assert float(found.std()) == pytest.approx(spread, abs=5 * error), key
-        # Of the same form, not of the same spread alone: uniform numbers have an end.
+        # The same distribution, not only the same deviation: a uniform one is bounded.
         assert float(found.abs().max()) == pytest.approx(float(expected.abs().max()), rel=0.35), key

@@ -1,4 +1,4 @@
-"""What is looked at before the first epoch, and that looking changes nothing."""
+"""The checks before the first epoch, and that they do not change the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from reidreg.training.step_memory import StepProbe, missing_state, restoring_sta
 
 
 class FakeMemory:
-    """A device of so many GiB, whose peak is a plain sum over the images of a step."""
+    """A device of `available` GiB, whose peak grows linearly with the images of a step."""
 
     def __init__(self, available: float, per_image: float = 0.1, fixed: float = 1.0) -> None:
         self.size, self.per_image, self.fixed = available, per_image, fixed
@@ -55,7 +55,7 @@ class FakeMemory:
 
 
 def measured_by(memory: FakeMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have steps take what the fake says, besides what they really do."""
+    """Let steps also use the fake's memory."""
     real = StepProbe.step
 
     def step(self: StepProbe, pids: torch.Tensor) -> None:
@@ -85,7 +85,7 @@ def run(aihub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 # --------------------------------------------------------------------- nothing changes
 
 
-def test_a_run_is_the_same_bits_with_and_without_it(
+def test_a_run_is_the_same_bits_with_and_without_preflight(
     aihub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = FakeMemory(available=100)
@@ -107,7 +107,7 @@ def test_a_run_is_the_same_bits_with_and_without_it(
     assert "memory:" not in (tmp_path / "False/train.log").read_text()
 
 
-def test_the_trial_leaves_statistics_gradients_modes_and_randomness_alone(run: Run) -> None:
+def test_checks_restore_statistics_gradients_modes_and_random_states(run: Run) -> None:
     torch.nn.init.ones_(run.model.head.neck.running_mean)  # type: ignore[arg-type, union-attr]
     run.model.backbone.eval()
     before = copy.deepcopy(run.model.state_dict())
@@ -126,7 +126,7 @@ def test_the_trial_leaves_statistics_gradients_modes_and_randomness_alone(run: R
     run.model.train()
 
 
-def test_what_a_failed_step_did_is_undone_too(run: Run) -> None:
+def test_the_state_is_restored_after_an_error_too(run: Run) -> None:
     norm = torch.nn.BatchNorm1d(3)
     with pytest.raises(ZeroDivisionError), restoring_state(norm):
         norm(torch.randn(4, 3)).sum().backward()
@@ -138,7 +138,7 @@ def test_what_a_failed_step_did_is_undone_too(run: Run) -> None:
 # --------------------------------------------------------------------- memory
 
 
-def test_a_step_that_does_not_fit_is_said_with_what_it_would_need(
+def test_a_step_that_does_not_fit_is_an_error_with_an_estimate_of_its_need(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = []
@@ -156,7 +156,9 @@ def test_a_step_that_does_not_fit_is_said_with_what_it_would_need(
     assert said[0] == pytest.approx((1 + 6.4) * GIB + state, rel=1e-6)
 
 
-def test_room_for_the_optimizer_is_reckoned_with(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_optimizers_state_is_added_to_the_need(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = missing_state(run.optimizer, run.config.optimizer)
     monkeypatch.setattr(preflight_module, "describe_shortage", lambda device, need: "short")
     memory = FakeMemory(available=1 + state / GIB / 2, per_image=0)
@@ -165,7 +167,9 @@ def test_room_for_the_optimizer_is_reckoned_with(run: Run, monkeypatch: pytest.M
     check_memory(run, FakeMemory(available=1.001 + state / GIB, per_image=0))
 
 
-def test_parts_of_a_batch_are_what_is_tried(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_accumulation_a_part_of_the_batch_is_tried(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory = FakeMemory(available=100)
     measured_by(memory, monkeypatch)
     config = load_config(run.config.as_dict(), {"train.accumulate": 2})
@@ -175,7 +179,7 @@ def test_parts_of_a_batch_are_what_is_tried(run: Run, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "lamb", "lion", "adafactor"])
-def test_the_optimizers_state_is_foretold(name: str) -> None:
+def test_the_optimizers_state_is_predicted(name: str) -> None:
     config = load_config("aihub_kaist", {"optimizer.name": name}).optimizer
     weights = [torch.nn.Parameter(torch.randn(256, 128)), torch.nn.Parameter(torch.randn(64, 64))]
     optimizer = make_optimizer(config, [(f"w{i}", w) for i, w in enumerate(weights)])
@@ -185,14 +189,14 @@ def test_the_optimizers_state_is_foretold(name: str) -> None:
         states = [value for state in optimizer.state.values() for value in state.values()]
         return sum(value.nbytes for value in states if torch.is_tensor(value))
 
-    foretold = held() + missing_state(optimizer, config)
+    predicted = held() + missing_state(optimizer, config)
     assert same(random_state(), random)
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     optimizer.step()
     parameters = sum(weight.nbytes for weight in weights)
     # To a few percent of the parameters: factored states shrink as matrices grow.
-    assert abs(foretold - held()) < 0.05 * parameters
+    assert abs(predicted - held()) < 0.05 * parameters
     assert missing_state(optimizer, config) < 0.05 * parameters
 
 
@@ -213,7 +217,7 @@ def test_the_optimizers_state_is_foretold(name: str) -> None:
     ],
     ids=lambda options: "+".join(options),
 )
-def test_no_evaluation_is_refused_for_the_handful_being_small(
+def test_no_evaluation_fails_because_the_images_are_few(
     run: Run, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     counted = []
@@ -234,7 +238,7 @@ FIGURES = {"mAP": 0.5, "mINP": 0.5, "rank1": 0.5}
 
 
 class Demanding(Evaluator):
-    """Needs a number of queries, as an evaluator may."""
+    """An evaluator that needs a minimum of queries."""
 
     def __init__(self, least: int, figures: dict[str, Any]) -> None:
         self.least, self.figures = least, figures
@@ -250,7 +254,7 @@ class Demanding(Evaluator):
         raise AssertionError("a rehearsal needs no ranked lists")
 
 
-def test_an_evaluator_that_needs_more_is_asked_about_all(
+def test_an_evaluator_that_needs_more_images_gets_all_of_them(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queries = len(run.dataset.query)
@@ -262,7 +266,7 @@ def test_an_evaluator_that_needs_more_is_asked_about_all(
         rehearse_evaluation(run, run.dataset)
 
 
-def test_an_evaluator_without_the_figure_that_chooses_best_is_refused(
+def test_an_evaluator_without_the_figure_that_chooses_best_is_an_error(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "evaluator", Demanding(0, {"rank1": 0.5}))
@@ -270,7 +274,7 @@ def test_an_evaluator_without_the_figure_that_chooses_best_is_refused(
         rehearse_evaluation(run, run.dataset)
 
 
-def test_figures_that_no_file_can_hold_come_out_at_once(
+def test_figures_that_json_cannot_hold_are_an_error(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "evaluator", Demanding(0, {**FIGURES, "x": {1, 2}}))
@@ -278,7 +282,7 @@ def test_figures_that_no_file_can_hold_come_out_at_once(
         rehearse_evaluation(run, run.dataset)
 
 
-def test_features_that_are_not_finite_are_left_to_training(
+def test_features_that_are_not_finite_are_only_warned_of(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     weight = next(run.model.backbone.parameters())
@@ -290,7 +294,7 @@ def test_features_that_are_not_finite_are_left_to_training(
     assert "features are not finite" in caplog.text
 
 
-def test_a_failing_evaluation_ends_a_run_before_it_touches_an_earlier_ones_files(
+def test_a_failing_evaluation_ends_a_run_before_it_moves_an_earlier_runs_files(
     aihub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config("aihub_kaist", small_run(aihub_root, tmp_path / "run"))
@@ -307,7 +311,7 @@ def test_a_failing_evaluation_ends_a_run_before_it_touches_an_earlier_ones_files
     assert not list((tmp_path / "run").glob("earlier-*"))
 
 
-def test_with_people_held_out_the_test_set_is_looked_at_too(
+def test_with_held_out_identities_the_test_set_is_checked_too(
     aihub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {**small_run(aihub_root, tmp_path / "run"), "validation.identities": 0.4}
@@ -321,7 +325,7 @@ def test_with_people_held_out_the_test_set_is_looked_at_too(
     assert seen == [run.validation, run.dataset] and run.validation is not run.dataset
 
 
-# --------------------------------------------------------------------- the handful
+# --------------------------------------------------------------------- which images
 
 
 def samples(*ids: tuple[int, int]) -> list[Sample]:
@@ -332,7 +336,7 @@ def matched(query: Sequence[Sample], gallery: Sequence[Sample]) -> list[bool]:
     return [any(g.pid == q.pid and g.camid != q.camid for g in gallery) for q in query]
 
 
-def test_each_query_of_the_handful_has_a_match_by_another_camera() -> None:
+def test_each_query_has_a_match_by_another_camera() -> None:
     query = samples(*[(pid, 0) for pid in range(100)], *[(pid, 1) for pid in range(100)])
     gallery = samples(
         *[(-1, 0)] * 50, *[(pid, 1) for pid in range(100)], *[(pid, 2) for pid in range(50, 100)]
@@ -340,13 +344,13 @@ def test_each_query_of_the_handful_has_a_match_by_another_camera() -> None:
     chosen, shown = few_images(query, gallery)
     assert len(chosen) == 8 and len({sample.pid for sample in chosen}) == 8
     assert all(matched(chosen, shown)) and len(shown) <= 32
-    # People from all over the data, and others beside them.
+    # Identities from all over the data, and others that match no query.
     assert max(sample.pid for sample in chosen) - min(sample.pid for sample in chosen) > 80
     assert {sample.pid for sample in shown} - {sample.pid for sample in chosen}
     assert few_images(query, gallery) == (chosen, shown)
 
 
-def test_people_whom_one_camera_saw_are_passed_over_unless_there_are_no_others() -> None:
+def test_identities_seen_by_one_camera_are_taken_only_if_there_are_no_others() -> None:
     alone = samples(*[(pid, 0) for pid in range(20)])
     query, gallery = [*alone, *samples((50, 0))], [*alone, *samples((50, 1))]
     chosen, shown = few_images(query, gallery)
@@ -355,7 +359,7 @@ def test_people_whom_one_camera_saw_are_passed_over_unless_there_are_no_others()
     assert len(chosen) == 8 and {q.pid for q in chosen} <= {g.pid for g in shown}
 
 
-def test_without_any_match_there_is_still_something_to_ask_about() -> None:
+def test_without_any_match_there_are_still_queries() -> None:
     chosen, shown = few_images(samples((1, 0), (2, 0)), samples((3, 0)))
     assert [sample.pid for sample in chosen] == [1, 2] and [sample.pid for sample in shown] == [3]
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""The profile of training steps, and the meter's waiting time."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def test_a_profiled_run_is_the_same_run_with_a_trace_and_a_table(
     log = (tmp_path / "profiled/train.log").read_text()
     assert "profile of 3 steps" in log and not (tmp_path / "plain/profile").exists()
     assert all(f"INFO {phase} " in log for phase in (*PHASES, "step"))
-    assert not capfd.readouterr().err, "torch's recorder has no word to say"
+    assert not capfd.readouterr().err, "torch's recorder is silent"
 
 
 def profiled(values: dict[str, Any]) -> dict[str, Any]:
-    """A profiled run, in which the profile takes longer to write than a step may."""
+    """A profiled run, in which writing the profile takes longer than `rank_timeout`."""
     write = Profile.write
 
     def slowly(self: Profile) -> None:
@@ -58,7 +58,7 @@ def profiled(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_of_several_processes_the_first_is_profiled_and_the_others_wait(
+def test_with_several_processes_rank_0_is_profiled_and_the_others_wait(
     aihub_root: Path, tmp_path: Path
 ) -> None:
     values = small_run(aihub_root, tmp_path / "run")
@@ -81,7 +81,7 @@ def steps(listener: StepListener, count: int) -> None:
     listener.end_epoch()
 
 
-def test_phases_are_timed_after_the_warm_up_and_between_epochs_nothing_is(
+def test_phases_are_timed_after_the_warm_up_and_not_between_epochs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "reidreg")
@@ -100,7 +100,7 @@ def test_phases_are_timed_after_the_warm_up_and_between_epochs_nothing_is(
 
 
 @pytest.mark.parametrize(("count", "timed"), [(1, 0), (WARM_UP, 0), (WARM_UP + 2, 2)])
-def test_a_training_that_ends_early_says_what_it_has(
+def test_a_profile_of_a_run_that_ends_early_reports_the_steps_so_far(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int, timed: int
 ) -> None:
     caplog.set_level("INFO", "reidreg")
@@ -111,7 +111,7 @@ def test_a_training_that_ends_early_says_what_it_has(
     assert expected in caplog.text
 
 
-def test_a_recording_that_is_cut_short_is_written(tmp_path: Path) -> None:
+def test_a_recording_that_ends_early_is_written(tmp_path: Path) -> None:
     profile = Profile(3, tmp_path, CPU)
     steps(profile, WARM_UP + 4)
     profile.close()
@@ -127,7 +127,7 @@ def test_shares_add_up_to_the_whole() -> None:
     ]
 
 
-def test_what_listens_to_nothing_costs_nothing() -> None:
+def test_the_default_listener_costs_nothing() -> None:
     listener = StepListener()
     start = time.process_time()
     for _ in range(10_000):
@@ -135,14 +135,14 @@ def test_what_listens_to_nothing_costs_nothing() -> None:
     assert (time.process_time() - start) / 10_000 < 20e-6
 
 
-def test_a_number_below_none_is_refused(aihub_root: Path, tmp_path: Path) -> None:
+def test_a_negative_number_of_steps_is_an_error(aihub_root: Path, tmp_path: Path) -> None:
     config = load_config("aihub_kaist", small_run(aihub_root, tmp_path / "run"))
     with pytest.raises(ConfigError, match="--profile: -1"):
         fit(config, profile=-1)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_meter_knows_how_long_the_loop_waited_for_data() -> None:
+def test_the_meter_measures_how_long_the_loop_waits_for_data() -> None:
     def batches():  # type: ignore[no-untyped-def]
         for number in range(3):
             time.sleep(0.04)
@@ -155,11 +155,12 @@ def test_the_meter_knows_how_long_the_loop_waited_for_data() -> None:
         meter.add(torch.tensor(float(number)), {}, None, pids)
     figures = meter.take(0.1, CPU)
     assert 0.5 < figures["train/data_wait"] < 0.95
-    assert meter.take.__self__._waited == 0.0  # type: ignore[attr-defined]
+    meter.add(torch.tensor(0.0), {}, None, pids)
+    assert meter.take(0.1, CPU)["train/data_wait"] == 0.0
 
 
 @pytest.mark.gpu
-def test_a_device_is_timed_by_its_own_clock() -> None:
+def test_a_gpu_is_timed_by_its_own_clock() -> None:
     device = torch.device("cuda")
     stopwatch = Stopwatch(device)
     matrix = torch.randn(4096, 4096, device=device)

@@ -1,4 +1,4 @@
-"""What may change when a run goes on, and what a damaged checkpoint leaves."""
+"""Options that may change on a resume, and resuming from damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reidreg.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoin
 from reidreg.training.resuming import ALLOWED, BETWEEN_EPOCHS, REFUSED, RULES, check_resume, rule_of
 from reidreg.training.runfolder import RunFolder
 
-# For every row of the table a change that it speaks of: key to another value.
+# For every rule a change that it covers: a key and another value.
 EXAMPLES: dict[str, tuple[str, Any]] = {
     "dataset.root": ("dataset.root", "elsewhere"),
     "dataset.query_folder": ("dataset.query_folder", "other"),
@@ -66,7 +66,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "init_from": ("init_from", "other.ckpt"),
     "output_dir": ("output_dir", "other"),
 }
-# Rows for what does not exist yet have no example.
+# Default rules, which cover no option that exists.
 OPEN = {"train.**", "**"}
 
 
@@ -81,7 +81,7 @@ def training(epoch: int = 2, batch: int = 0) -> dict[str, Any]:
     return {"progress": {"epoch": epoch, "batch": batch}}
 
 
-def test_every_row_has_an_example_which_is_what_it_decides() -> None:
+def test_every_rule_has_an_example_that_it_decides() -> None:
     assert [rule.pattern for rule in RULES if rule.pattern not in OPEN] == list(EXAMPLES)
     assert {pattern: rule_of(key).pattern for pattern, (key, _) in EXAMPLES.items()} == {
         pattern: pattern for pattern in EXAMPLES
@@ -92,7 +92,7 @@ def test_every_row_has_an_example_which_is_what_it_decides() -> None:
     "rule", [r for r in RULES if r.pattern in EXAMPLES], ids=lambda r: r.pattern
 )
 @pytest.mark.parametrize("batch", [0, 5])
-def test_a_row_holds(rule: Any, batch: int) -> None:
+def test_a_rule_holds(rule: Any, batch: int) -> None:
     key, value = EXAMPLES[rule.pattern]
     old, new = BASE.as_dict(), load_config("aihub_kaist", {key: value})
     refusing = {REFUSED, BETWEEN_EPOCHS} if batch else {REFUSED}
@@ -108,7 +108,7 @@ def test_a_row_holds(rule: Any, batch: int) -> None:
 
 
 @pytest.mark.parametrize("section", FIXED_SECTIONS)
-def test_the_default_of_an_unknown_option_is_the_careful_one(section: str) -> None:
+def test_the_default_for_an_unlisted_option_is_conservative(section: str) -> None:
     expected = {"input": REFUSED, "train": BETWEEN_EPOCHS, "validation": REFUSED}.get(
         section, ALLOWED
     )
@@ -116,7 +116,7 @@ def test_the_default_of_an_unknown_option_is_the_careful_one(section: str) -> No
     assert rule_of("not_there_yet.x").verdict is BETWEEN_EPOCHS
 
 
-def test_every_rule_is_of_a_key_that_exists() -> None:
+def test_every_rule_covers_a_key_that_exists() -> None:
     known = {f"{name}.{f.name}" for name, cls in FIXED_SECTIONS.items() for f in fields(cls)}
     known |= {f.name for f in fields(RunConfig)}
     for rule in RULES:
@@ -125,7 +125,7 @@ def test_every_rule_is_of_a_key_that_exists() -> None:
             assert rule.pattern in known
 
 
-def test_all_that_spoils_a_run_is_named_in_one_line() -> None:
+def test_all_refused_changes_are_named_in_one_line() -> None:
     new = config(optimizer__name="sgd", input__size=[64, 32], optimizer__lr=0.01, train__seed=3)
     with pytest.raises(CheckpointError) as caught:
         check_resume(BASE.as_dict(), training(), new)
@@ -135,13 +135,13 @@ def test_all_that_spoils_a_run_is_named_in_one_line() -> None:
     assert "optimizer.lr" not in line and "train.seed" not in line
 
 
-def test_a_term_that_is_turned_off_or_on_comes_or_goes() -> None:
+def test_a_weight_of_zero_removes_a_term() -> None:
     with pytest.raises(CheckpointError, match=r"losses\.triplet\.weight: 1\.0 -> 0\.0 \(a term"):
         check_resume(BASE.as_dict(), training(), config(losses__triplet__weight=0.0))
     assert check_resume(BASE.as_dict(), training(), config(losses__triplet__weight=0.5))
 
 
-def test_a_run_cannot_become_shorter_than_it_is() -> None:
+def test_a_run_cannot_have_fewer_epochs_than_it_has_made() -> None:
     old = BASE.as_dict()
     assert check_resume(old, training(epoch=5), config(train__epochs=5))
     for epoch, batch in ((6, 0), (5, 1)):
@@ -149,7 +149,7 @@ def test_a_run_cannot_become_shorter_than_it_is() -> None:
             check_resume(old, training(epoch, batch), config(train__epochs=5))
 
 
-def test_what_an_older_reidreg_did_not_have_is_no_change() -> None:
+def test_an_option_that_an_older_reidreg_did_not_have_is_unchanged() -> None:
     old = copy.deepcopy(BASE.as_dict())
     del old["train"]["preflight"], old["input"]["flip_test"]
     assert check_resume(old, training(), config()) == []
@@ -160,7 +160,7 @@ def test_what_an_older_reidreg_did_not_have_is_no_change() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    """A run's folder in which `last` is of step 2 and `previous` of step 1."""
+    """A run's folder with `last` of step 2 and `previous` of step 1."""
     folder = RunFolder(tmp_path)
     folder.open()
     for step in (1, 2):
@@ -172,7 +172,7 @@ def checkpoint(step: int) -> Checkpoint:
     return Checkpoint({}, {}, Labels((), ()), {}, epoch=0, step=step, training={})
 
 
-def test_the_checkpoint_before_the_last_is_kept_without_writing_it_again(folder: RunFolder) -> None:
+def test_the_checkpoint_before_the_last_is_kept_as_a_link(folder: RunFolder) -> None:
     first = folder.last.stat().st_ino
     folder.save_last(checkpoint(3))
     assert folder.previous.stat().st_ino == first
@@ -181,20 +181,20 @@ def test_the_checkpoint_before_the_last_is_kept_without_writing_it_again(folder:
 
 
 @pytest.mark.parametrize("size", [0, 7, 100])
-def test_a_damaged_last_gives_way_to_the_one_before(
+def test_a_damaged_last_is_replaced_by_the_one_before(
     folder: RunFolder, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     os.truncate(folder.last, size)
     opened = folder.open_resumable("auto")
     assert opened is not None and opened[0] == folder.last and opened[1].step == 1
     assert "last.ckpt is damaged" in caplog.text and "previous.ckpt" in caplog.text
-    # The next save must not keep the damaged one in the place of the whole one.
+    # The next save must not replace the undamaged one by the damaged one.
     assert load_checkpoint(folder.last).step == 1
     folder.save_last(checkpoint(3))
     assert load_checkpoint(folder.previous).step == 1
 
 
-def test_where_nothing_whole_is_left_the_line_says_what_can_be_done(folder: RunFolder) -> None:
+def test_if_every_checkpoint_is_damaged_the_error_says_what_to_do(folder: RunFolder) -> None:
     for path in (folder.last, folder.previous):
         os.truncate(path, 50)
     with pytest.raises(DamagedError, match=r"last\.ckpt is damaged.*--init_from") as caught:
@@ -205,7 +205,7 @@ def test_where_nothing_whole_is_left_the_line_says_what_can_be_done(folder: RunF
         folder.open_resumable("auto")
 
 
-def test_a_path_that_was_given_is_taken_at_its_word(folder: RunFolder) -> None:
+def test_a_given_path_is_never_replaced_by_another(folder: RunFolder) -> None:
     os.truncate(folder.last, 50)
     with pytest.raises(DamagedError, match="is damaged"):
         folder.open_resumable(str(folder.last))
@@ -215,7 +215,7 @@ def test_a_path_that_was_given_is_taken_at_its_word(folder: RunFolder) -> None:
         folder.open_resumable("nowhere.ckpt")
 
 
-def test_a_file_system_without_links_has_no_previous(
+def test_without_hard_links_there_is_no_previous(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*names: object) -> None:
@@ -229,7 +229,7 @@ def test_a_file_system_without_links_has_no_previous(
     assert load_checkpoint(folder.last).step == 2 and not folder.previous.exists()
 
 
-def test_a_checkpoint_of_a_newer_format_is_not_passed_over(
+def test_a_checkpoint_of_a_newer_format_is_an_error(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reidreg.model.checkpoint.VERSION", 2)

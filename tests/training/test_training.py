@@ -1,4 +1,4 @@
-"""The loop: what it learns, what it leaves behind, and how exactly it goes on."""
+"""The training loop: its results, its files, and bit-exact resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def configure(tiny: Values, **changes: Any) -> Config:
     return load_config("aihub_kaist", tiny, {k.replace("__", "."): v for k, v in changes.items()})
 
 
-def test_a_run_leaves_the_files_that_are_promised(tiny: Values) -> None:
+def test_a_run_writes_the_documented_files(tiny: Values) -> None:
     config = configure(tiny, train__epochs=2, train__checkpoint_every=1)
     figures = fit(config)
     folder = Path(config.output_dir)
@@ -61,7 +61,7 @@ def test_a_run_leaves_the_files_that_are_promised(tiny: Values) -> None:
     assert load_config(folder / "config.yaml").as_dict() == config.as_dict()
 
 
-def test_metrics_jsonl_has_the_promised_keys_and_steps_that_never_fall(tiny: Values) -> None:
+def test_metrics_jsonl_has_the_documented_keys_and_steps_in_order(tiny: Values) -> None:
     config = configure(tiny, train__epochs=2, train__eval_every=1)
     fit(config)
     text = (Path(config.output_dir) / "metrics.jsonl").read_text()
@@ -98,7 +98,7 @@ def test_total_loss_is_the_weighted_sum_of_the_terms(tiny: Values) -> None:
             assert line["train/loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_first_loss_is_that_of_guessing(tiny: Values) -> None:
+def test_the_first_loss_is_that_of_a_uniform_guess(tiny: Values) -> None:
     # With a classifier near zero, -sum q log p is ln C whatever the smoothing.
     config = configure(tiny, losses__triplet__weight=0.0, train__log_every=1)
     fit(config)
@@ -134,7 +134,7 @@ def test_resuming_after_an_epoch_is_the_same_run_bit_for_bit(
     assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "halves")
 
 
-def test_a_run_in_bfloat16_comes_out_the_same_again(tiny: Values, tmp_path: Path) -> None:
+def test_a_run_in_bfloat16_is_reproducible(tiny: Values, tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         fit(configure(tiny, train__precision="bf16", output_dir=str(folder)))
@@ -142,7 +142,7 @@ def test_a_run_in_bfloat16_comes_out_the_same_again(tiny: Values, tmp_path: Path
 
 
 def interrupted(values: Values, number: signal.Signals, after: str) -> subprocess.Popen[str]:
-    """Start a run, and send it a signal once its log shows a word."""
+    """Start a run, and send it a signal once its log contains `after`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "reidreg", "fit", "--config", "aihub_kaist", *as_flags(values)],
         stdout=subprocess.PIPE,
@@ -160,7 +160,7 @@ def interrupted(values: Values, number: signal.Signals, after: str) -> subproces
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
-def test_a_signal_saves_in_the_middle_of_an_epoch_and_the_run_goes_on_to_the_same_numbers(
+def test_a_signal_saves_in_the_middle_of_an_epoch_and_the_resumed_run_is_exact(
     tiny: Values, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     values = {
@@ -188,7 +188,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch_and_the_run_goes_on_to_the_sam
     assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "stopped")
 
 
-# What a resume has to bring back besides weights, optimizer and place.
+# Options with state of their own, which a resume has to restore too.
 EVERYTHING = {
     "train.workers": 2,
     "train.cache": "none",
@@ -199,10 +199,10 @@ EVERYTHING = {
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
+def test_a_run_that_is_killed_many_times_ends_as_one_that_was_not(
     tiny: Values, tmp_path: Path
 ) -> None:
-    """SIGKILL at moments as they fall, some of them while a checkpoint is written."""
+    """SIGKILL at random moments, some of them while a checkpoint is written."""
     values = {**tiny, **EVERYTHING, "train.epochs": 8, "train.eval_every": 3}
     fit(load_config("aihub_kaist", flags=as_flags({**values, "output_dir": tmp_path / "whole"})))
     values["output_dir"] = str(tmp_path / "killed")
@@ -218,7 +218,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
         assert process.stdout is not None
         while "epoch " not in (line := process.stdout.readline()) and line:
             pass
-        # Longer from kill to kill, so that the run makes way however slow the machine is.
+        # Longer from kill to kill, so that the run progresses on a slow machine too.
         delay = chance.uniform(0, 1 + kills)
         killer = threading.Timer(delay, process.kill)
         killer.start()
@@ -235,7 +235,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
     assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "killed")
 
 
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tiny: Values, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_from_its_last_whole_checkpoint(tiny: Values, tmp_path: Path) -> None:
     values = {**tiny, **EVERYTHING, "train.epochs": 3}
     fit(load_config("aihub_kaist", flags=as_flags({**values, "output_dir": tmp_path / "whole"})))
     values["output_dir"] = str(tmp_path / "killed")
@@ -250,7 +250,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tiny: Values, tmp_p
     assert not list((tmp_path / "killed/checkpoints").glob(".*"))
 
 
-def test_a_damaged_last_checkpoint_gives_way_to_the_one_before_and_no_number_changes(
+def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before_and_the_run_is_exact(
     tiny: Values, tmp_path: Path
 ) -> None:
     fit(configure(tiny, train__epochs=3, output_dir=str(tmp_path / "whole")))
@@ -263,7 +263,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before_and_no_number_cha
     assert not differing(tmp_path / "whole/checkpoints/last.ckpt", last)
 
 
-def test_a_run_in_full_precision_goes_on_with_a_scaled_loss(tiny: Values) -> None:
+def test_a_run_in_fp32_can_be_resumed_in_fp16(tiny: Values) -> None:
     from reidreg.training.run import build_run
     from reidreg.training.state import capture, restore
 
@@ -273,7 +273,7 @@ def test_a_run_in_full_precision_goes_on_with_a_scaled_loss(tiny: Values) -> Non
     assert run.scaler.is_enabled() and run.scaler.get_scale() > 1
 
 
-def test_resume_auto_without_a_checkpoint_starts_anew(tiny: Values) -> None:
+def test_resume_auto_without_a_checkpoint_starts_a_new_run(tiny: Values) -> None:
     assert fit(configure(tiny), resume="auto")["num_queries"] > 0
 
 
@@ -286,7 +286,7 @@ def test_resuming_a_finished_run_changes_nothing(tiny: Values) -> None:
     assert last.read_bytes() == before
 
 
-def test_a_changed_learning_rate_holds_after_a_resume_and_is_logged(tiny: Values) -> None:
+def test_a_changed_learning_rate_is_used_after_a_resume_and_logged(tiny: Values) -> None:
     config = configure(tiny)
     fit(config)
     changed = configure(tiny, train__epochs=2, optimizer__lr=1e-4)
@@ -317,7 +317,7 @@ def test_resuming_from_weights_alone_is_refused(tiny: Values) -> None:
         fit(config, resume=str(best))
 
 
-def test_a_second_run_sets_the_first_ones_files_aside(tiny: Values) -> None:
+def test_a_second_run_moves_the_first_ones_files_aside(tiny: Values) -> None:
     config = configure(tiny)
     fit(config)
     folder = Path(config.output_dir)
@@ -419,7 +419,7 @@ def step(run: Run) -> None:
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny: Values) -> None:
-    """Where no layer and no loss looks at more than one image: without batch statistics."""
+    """If every layer and loss computes each image by itself: without batch statistics."""
     gradients = []
     for parts in (1, 2, 4):
         torch.manual_seed(0)
@@ -443,7 +443,7 @@ def frozen_norm(module: torch.nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def test_parts_that_cut_identities_apart_are_refused(tiny: Values) -> None:
+def test_parts_that_separate_the_images_of_an_identity_are_refused(tiny: Values) -> None:
     with pytest.raises(ConfigError, match=r"train\.accumulate: batches of 8 of 2 images"):
         fit(configure(tiny, train__accumulate=8))
 
@@ -465,7 +465,7 @@ def test_averaged_weights_are_evaluated_kept_and_follow_the_formula(tiny: Values
     expected = {k: v.clone().double() for k, v in run.model.state_dict().items()}
     for number in (1, 2, 3):
         step(run)
-        # timm counts from the second step on, and takes the first as it is.
+        # timm copies the weights in the first step, and averages from the second on.
         decay = min(0.9, 1 - number ** (-2 / 3)) if number > 1 else 0.0
         for key, value in run.model.state_dict().items():
             expected[key] = decay * expected[key] + (1 - decay) * value.double()
@@ -481,7 +481,7 @@ def test_averaged_weights_are_evaluated_kept_and_follow_the_formula(tiny: Values
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_frozen_parameters_rest_for_their_epochs_and_are_then_trained(
+def test_frozen_parameters_do_not_change_for_their_epochs_and_are_then_trained(
     optimizer: str, tiny: Values
 ) -> None:
     config = configure(
@@ -517,7 +517,7 @@ def test_freezing_nothing_or_everything_is_refused(
         build_run(configure(tiny, train__freeze=freeze, train__freeze_epochs=1))
 
 
-def test_what_is_frozen_is_an_expression(tiny: Values) -> None:
+def test_a_wrong_regular_expression_for_freezing_is_an_error(tiny: Values) -> None:
     with pytest.raises(ConfigError, match=r"train\.freeze: '\(' is not a regular expression"):
         configure(tiny, train__freeze=["("])
 
@@ -539,26 +539,26 @@ def test_a_compiled_model_trains_to_the_same_figures(tiny: Values, tmp_path: Pat
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_the_guard_names_the_first_step_that_was_not_finite(at_once: bool) -> None:
-    guard = DivergenceCheck(torch.device("cpu" if at_once else "meta"))
+def test_the_error_names_the_first_step_that_was_not_finite(at_once: bool) -> None:
+    check = DivergenceCheck(torch.device("cpu" if at_once else "meta"))
     fine, bad = torch.tensor(1.5), torch.tensor(float("nan"))
-    guard.watch(1, fine, fine, {"id": fine})
-    guard.check()
+    check.watch(1, fine, fine, {"id": fine})
+    check.check()
     failing = [
-        lambda: guard.watch(2, fine, bad, {"id": torch.tensor(2.5)}),
-        lambda: guard.watch(3, bad, bad, {"id": bad}),
-        guard.check,
+        lambda: check.watch(2, fine, bad, {"id": torch.tensor(2.5)}),
+        lambda: check.watch(3, bad, bad, {"id": bad}),
+        check.check,
     ]
     with pytest.raises(DivergedError, match=r"the gradient is nan at step 2 \(id 2\.5\)"):
         for attempt in failing:
             attempt()
-    guard = DivergenceCheck(torch.device("meta"))
-    guard.watch(7, bad, None, {"id": bad})
+    check = DivergenceCheck(torch.device("meta"))
+    check.watch(7, bad, None, {"id": bad})
     with pytest.raises(DivergedError, match=r"the loss is nan at step 7 \(id nan\)"):
-        guard.check()
+        check.check()
 
 
-def test_an_untrained_evaluation_comes_first_when_asked_for(tiny: Values) -> None:
+def test_eval_untrained_evaluates_before_the_first_step(tiny: Values) -> None:
     config = configure(tiny, train__eval_untrained=True)
     fit(config)
     first = lines_of(Path(config.output_dir))[0]
@@ -594,7 +594,7 @@ def test_a_query_without_any_match_stops_before_training(tiny: Values, tmp_path:
 
 
 @pytest.mark.slow
-def test_training_helps_clearly_on_drawn_data(tmp_path: Path) -> None:
+def test_training_raises_map_clearly_on_drawn_data(tmp_path: Path) -> None:
     root = tmp_path / "data"
     config = load_config(
         "quickstart", {"dataset.root": str(root), "output_dir": str(tmp_path / "run")}
@@ -657,7 +657,7 @@ def test_a_signal_to_the_whole_process_group_ends_as_cleanly(tiny: Values, tmp_p
 
 
 def test_a_loading_process_that_dies_is_named_in_one_line(tiny: Values) -> None:
-    # Steps that are long beside their lines in the log, in which torch's error would get lost.
+    # With long steps, so that torch's error is not lost among many log lines.
     changes = {"train.epochs": 50, "train.workers": 1, "train.cache": "none"}
     values = {**tiny, **changes, "backbone.name": "resnet18"}
     del values["backbone.model"]
@@ -673,7 +673,7 @@ def test_a_loading_process_that_dies_is_named_in_one_line(tiny: Values) -> None:
     assert "loading process" in line and "--train.workers" in line
 
 
-def test_a_missing_init_from_is_said_before_the_data_are_read(tiny: Values) -> None:
+def test_a_missing_init_from_is_an_error_before_the_data_are_read(tiny: Values) -> None:
     config = configure(tiny, init_from="none.ckpt", dataset__root="/nowhere")
     with pytest.raises(CheckpointError, match=r"no checkpoint at none\.ckpt"):
         fit(config)
