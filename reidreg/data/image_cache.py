@@ -1,25 +1,21 @@
-"""Training images that are decoded and resized once, for every epoch and process of a machine.
+"""Training images decoded and resized once, for all epochs and all ranks of a machine.
 
-They are one array (N, H, W, 3) of 8-bit pixels, in one of two places.
+A cache is one uint8 array (N, H, W, 3), in one of two places.
 
-In memory it is an anonymous file without a name in any folder: other processes of the same user,
-such as the other ranks of a run, open it as /proc/PID/fd/FD, and when the last of them ends,
-however it ends, the system takes it back. A lock file in the cache folder lets one process build,
-and tells the others where the images are. Systems without such files keep a copy in each process.
+In memory it is an anonymous file (memfd). Other processes of the same user, such as the other ranks
+of a run, open it as /proc/PID/fd/FD, and the system frees it when the last of them ends, however it
+ends. A lock in the cache folder lets one process build, and a notice beside it says where the
+images are. On systems without memfd each process keeps a copy.
 
-On disk it is a .npy file in the cache folder, which appears only when it is whole. Its name holds
-a fingerprint of the images' paths, sizes and times of change and of the input's size, so a file
-is never out of date; those of the same folder and input size that no longer match are deleted.
-
-The folder is `images` in $REIDREG_CACHE, else in $XDG_CACHE_HOME/reidreg, else in
-~/.cache/reidreg.
+On disk it is a .npy file in the cache folder, which is moved into place when it is complete. Its
+name holds a fingerprint of the images' paths, sizes and modification times and of the input's size,
+so a file is never out of date; those of the same image folder and input size that no longer match
+are deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import mmap
 import os
 import shutil
@@ -27,17 +23,18 @@ import socket
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from reidreg.config.sections import CacheSetting
+from reidreg.data.cache_key import Wanted, cache_folder, describe_images
 from reidreg.data.images import load_images
-from reidreg.errors import ConfigError, DataError
+from reidreg.errors import ConfigError
 from reidreg.files import PRIVATE, replacing
 from reidreg.logs.console import logger
 from reidreg.logs.progress import ProgressBar
@@ -47,7 +44,7 @@ from reidreg.machine.memory import GIB, available_memory, size_in_text
 Pixels = NDArray[np.uint8]
 
 _BLOCK = 32  # images that a thread decodes at a time
-_SPARE = GIB  # bytes of a disk that `auto` leaves free
+_SPARE = GIB  # bytes of disk that `auto` leaves free
 
 
 class _Writable(Protocol):
@@ -58,9 +55,9 @@ class ImageCache:
     """Decoded and resized images.
 
     Args:
-        images: (N, H, W, 3) uint8, not to be written to.
-        descriptor: Of the anonymous file that holds them, if one does; it is closed when this
-            object goes, and others cannot open the file any more.
+        images: (N, H, W, 3) uint8, read-only.
+        descriptor: Of the anonymous file that holds them, if there is one. It is closed when this
+            object is deleted; other processes cannot open the file after that.
     """
 
     def __init__(self, images: Pixels, descriptor: int | None = None) -> None:
@@ -69,11 +66,11 @@ class ImageCache:
             weakref.finalize(self, os.close, descriptor)
 
     def take(self, indices: Sequence[int], pin: bool = False) -> torch.Tensor:
-        """Copies of images.
+        """Copy images out of the cache.
 
         Args:
-            indices: Which ones.
-            pin: Copy them to pinned memory, for a CUDA device.
+            indices: Their positions.
+            pin: Copy to pinned memory, for a CUDA device.
 
         Returns:
             (B, H, W, 3) uint8.
@@ -87,19 +84,18 @@ class ImageCache:
 def open_image_cache(
     setting: CacheSetting, paths: Sequence[str], size: tuple[int, int]
 ) -> ImageCache | None:
-    """The images, from another process or a file if they are there, else made now.
+    """Open the cache of some images in another process's memory or on disk, or build it.
 
-    A line of the log says where they are and why.
+    A line of the log says where the cache is and why.
 
     Args:
-        setting: Where they are kept: memory, disk or none. auto is what is there already, else
-            memory if they take no more than half of what is available, else disk if 1 GiB remains
-            free, else none.
+        setting: memory, disk or none. auto is an existing cache, else memory if the images take no
+            more than half of what is available, else disk if 1 GiB remains free, else none.
         paths: The image files.
         size: Height and width.
 
     Returns:
-        The cache, or None without one.
+        The cache, or None if there is to be none.
 
     Raises:
         ConfigError: There is not enough memory, or not enough room on the disk, for this setting.
@@ -112,91 +108,21 @@ def open_image_cache(
         if setting in ("memory", "auto"):
             shared = _attach(wanted, notice)
             if shared is not None:
-                logger.info("training images: in memory already, shared (%s)", wanted.shown)
+                logger.info("training images: in memory already, shared (%s)", wanted.size_text)
                 return shared
         if setting in ("disk", "auto"):
             kept = _open_file(wanted)
             if kept is not None:
-                logger.info("training images: from %s (%s)", wanted.file, wanted.shown)
+                logger.info("training images: from %s (%s)", wanted.file, wanted.size_text)
                 return kept
         choose = {"memory": _in_memory, "disk": _on_disk, "auto": _anywhere}[setting]
         return choose(wanted, notice)
 
 
-# --------------------------------------------------------------------- what is wanted
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The images that a cache is to hold.
-
-    Args:
-        paths: Their files.
-        size: Height and width.
-        group: What caches of the same folder and input size have in common.
-        fingerprint: What changes with any of the files.
-    """
-
-    paths: tuple[str, ...]
-    size: tuple[int, int]
-    group: str
-    fingerprint: str
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (len(self.paths), *self.size, 3)
-
-    @property
-    def bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def shown(self) -> str:
-        return size_in_text(self.bytes)
-
-    @property
-    def file(self) -> Path:
-        return cache_folder() / f"{self.group}-{self.fingerprint}.npy"
-
-
-def describe_images(paths: Sequence[str], size: tuple[int, int]) -> Wanted:
-    """Fingerprint images by path, size and time of change.
-
-    Raises:
-        DataError: One is gone.
-    """
-    absolute = [os.path.abspath(path) for path in paths]
-    states = []
-    for path in absolute:
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise DataError(f"{path}: the image is gone") from error
-        states.append([path, status.st_size, status.st_mtime_ns])
-    folder = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    return Wanted(
-        paths=tuple(absolute),
-        size=size,
-        group=f"{_hash(folder)}-{size[0]}x{size[1]}",
-        fingerprint=_hash([states, size]),
-    )
-
-
-def cache_folder() -> Path:
-    """Where image caches are."""
-    own = os.environ.get("REIDREG_CACHE")
-    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (Path(own) if own else Path(shared) / "reidreg").expanduser() / "images"
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
 # --------------------------------------------------------------------- places
 
 
-def _anywhere(wanted: Wanted, notice: IO[str] | None) -> ImageCache | None:
+def _anywhere(wanted: Wanted, notice: Path | None) -> ImageCache | None:
     memory = available_memory()
     if memory is not None and wanted.bytes <= memory // 2:
         return _in_memory(wanted, notice)
@@ -209,29 +135,29 @@ def _anywhere(wanted: Wanted, notice: IO[str] | None) -> ImageCache | None:
         reason = f"{short} and {size_in_text(room)} of disk in {cache_folder()} are available"
     except (OSError, ConfigError) as error:
         reason = str(error)
-    logger.info("training images: not cached, for they need %s (%s)", wanted.shown, reason)
+    logger.info("training images: not cached: they need %s (%s)", wanted.size_text, reason)
     return None
 
 
-def _in_memory(wanted: Wanted, notice: IO[str] | None) -> ImageCache:
+def _in_memory(wanted: Wanted, notice: Path | None) -> ImageCache:
     memory = available_memory()
     if memory is not None and wanted.bytes > memory:
         raise ConfigError(
-            f"train.cache: the images need {wanted.shown} of memory and {size_in_text(memory)} are "
-            "available; use disk, none or a smaller --input.size"
+            f"train.cache: the images need {wanted.size_text} of memory and {size_in_text(memory)} "
+            "are available; use disk, none or a smaller --input.size"
         )
     try:
         cache = _build_in_memory(wanted, notice)
     except (OSError, MemoryError) as error:
         raise ConfigError(
-            f"train.cache: no memory for {wanted.shown} of images ({error}); use disk or none"
+            f"train.cache: no memory for {wanted.size_text} of images ({error}); use disk or none"
         ) from error
     of = "" if memory is None else f" of {size_in_text(memory)} available"
-    logger.info("training images: cached in memory (%s%s)", wanted.shown, of)
+    logger.info("training images: cached in memory (%s%s)", wanted.size_text, of)
     return cache
 
 
-def _build_in_memory(wanted: Wanted, notice: IO[str] | None) -> ImageCache:
+def _build_in_memory(wanted: Wanted, notice: Path | None) -> ImageCache:
     if not hasattr(os, "memfd_create") or notice is None:
         alone = mmap.mmap(-1, wanted.bytes)
         _build(wanted, alone)
@@ -244,24 +170,20 @@ def _build_in_memory(wanted: Wanted, notice: IO[str] | None) -> ImageCache:
     except BaseException:
         os.close(descriptor)
         raise
-    notice.seek(0)
-    notice.truncate()
-    notice.write(f"{os.getpid()} {descriptor}")
-    notice.flush()
+    _write_notice(notice, descriptor)
     return cache
 
 
-def _attach(wanted: Wanted, notice: IO[str] | None) -> ImageCache | None:
-    """The images that another process of this machine holds in memory, if one does.
+def _attach(wanted: Wanted, notice: Path | None) -> ImageCache | None:
+    """The images that another process of this machine holds in memory, if there is one.
 
-    The notice may be of another machine, or of a process that has ended: its number may be
-    another's by now, so the file's name has to be ours too.
+    The notice may be of a process that has ended, whose number another one may have by now: so
+    the name of the anonymous file is compared too.
     """
     if notice is None:
         return None
-    notice.seek(0)
     try:
-        pid, number = map(int, notice.read().split())
+        pid, number = map(int, notice.read_text(encoding="utf-8").split())
         path = f"/proc/{pid}/fd/{number}"
         if os.readlink(path) != f"/memfd:{_memory_name(wanted)} (deleted)":
             return None
@@ -273,6 +195,12 @@ def _attach(wanted: Wanted, notice: IO[str] | None) -> ImageCache | None:
     except (OSError, ValueError):
         os.close(descriptor)
         return None
+
+
+def _write_notice(notice: Path, descriptor: int) -> None:
+    notice.unlink(missing_ok=True)
+    with open(os.open(notice, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE), "w") as file:
+        file.write(f"{os.getpid()} {descriptor}")
 
 
 def _memory_name(wanted: Wanted) -> str:
@@ -287,10 +215,10 @@ def _as_images(memory: mmap.mmap, wanted: Wanted) -> Pixels:
     return np.frombuffer(memory, dtype=np.uint8).reshape(wanted.shape)
 
 
-def _on_disk(wanted: Wanted, notice: IO[str] | None) -> ImageCache:
+def _on_disk(wanted: Wanted, notice: Path | None) -> ImageCache:
     folder = cache_folder()
     try:
-        _forget(wanted)  # first, for they may be what fills the disk
+        _delete_outdated(wanted)  # first: they may be what fills the disk
         room = shutil.disk_usage(_made(folder)).free
         if wanted.bytes > room:
             raise OSError(f"{size_in_text(room)} are free")
@@ -301,13 +229,13 @@ def _on_disk(wanted: Wanted, notice: IO[str] | None) -> ImageCache:
         cache = _open_file(wanted)
     except OSError as error:
         raise ConfigError(
-            f"train.cache: no room for {wanted.shown} of images in {folder} "
+            f"train.cache: no room for {wanted.size_text} of images in {folder} "
             f"({error.strerror or error}); free some, set REIDREG_CACHE to another folder, or use "
             "--train.cache none"
         ) from error
     if cache is None:
-        raise ConfigError(f"train.cache: {wanted.file} was changed as it was written; try again")
-    logger.info("training images: cached in %s (%s)", wanted.file, wanted.shown)
+        raise ConfigError(f"train.cache: {wanted.file} was changed while it was written; try again")
+    logger.info("training images: cached in %s (%s)", wanted.file, wanted.size_text)
     return cache
 
 
@@ -321,8 +249,8 @@ def _open_file(wanted: Wanted) -> ImageCache | None:
     return ImageCache(images)
 
 
-def _forget(wanted: Wanted) -> None:
-    """Delete the files that images of the same folder had before they changed."""
+def _delete_outdated(wanted: Wanted) -> None:
+    """Delete cache files of the same images in earlier states, and unfinished ones."""
     for pattern in (f"{wanted.group}-*.npy", f".{wanted.group}-*.partial"):
         for path in cache_folder().glob(pattern):
             path.unlink(missing_ok=True)
@@ -334,46 +262,48 @@ def _made(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _one_builder(wanted: Wanted) -> Iterator[IO[str] | None]:
-    """Let one process at a time of this machine look for, or make, caches of a group.
+def _one_builder(wanted: Wanted) -> Iterator[Path | None]:
+    """Let one process at a time of this machine look for, or build, caches of a group.
 
     Yields:
-        The notice: a file that says which process holds the images in memory, as "PID FD"; or None
-        on a system, or in a folder, where there are no locks.
+        The notice, a file that says which process holds the images in memory, as "PID FD"; None
+        where nothing can be locked, as in a folder that is read-only or, with some network file
+        systems, has no locks.
     """
     try:
-        import fcntl
-
-        path = _made(cache_folder()) / f".{wanted.group}-{socket.gethostname()}.lock"
-        file = open(os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE), "r+", encoding="utf-8")
-    except (ImportError, OSError):
+        place = _made(cache_folder()) / f".{wanted.group}-{socket.gethostname()}"
+        lock = FileLock(f"{place}.lock", mode=PRIVATE)
+        _wait_for(lock)
+    except (NotImplementedError, OSError):
         yield None
         return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("training images: another process is making the cache; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # some network file systems have no locks
-            yield None
-            return
-        yield file
+    try:
+        yield Path(f"{place}.holder")
+    finally:
+        lock.release()
 
 
-# --------------------------------------------------------------------- making
+def _wait_for(lock: FileLock) -> None:
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("training images: another process is building the cache; waiting for it")
+        lock.acquire()
+
+
+# --------------------------------------------------------------------- building
 
 
 def _build(wanted: Wanted, target: _Writable) -> None:
-    """Write the pixels of all images, in order, decoded on every core."""
+    """Decode all images on all cores and write their pixels in order."""
     blocks = [wanted.paths[i : i + _BLOCK] for i in range(0, len(wanted.paths), _BLOCK)]
     cores = count_cores()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of torch's own in each of ours
+    torch.set_num_threads(1)  # in each of the pool's threads
     pool = ThreadPoolExecutor(cores)
     try:
         with ProgressBar("caching images", len(wanted.paths)) as bar:
-            # A few blocks ahead, and no more: what is decoded waits in memory to be written.
+            # Only a few blocks ahead: decoded ones wait in memory until they are written.
             ahead = 2 * cores
             pending = [pool.submit(load_images, block, wanted.size) for block in blocks[:ahead]]
             for place in range(len(blocks)):
@@ -388,7 +318,7 @@ def _build(wanted: Wanted, target: _Writable) -> None:
 
 
 def _write(target: _Writable, content: memoryview) -> None:
-    """Write all of it: unbuffered files may take less at a time."""
+    """Write all of the content: an unbuffered file may take less at a time."""
     while content:
         written = target.write(content)
         content = content[written if isinstance(written, int) else len(content) :]

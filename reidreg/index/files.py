@@ -94,7 +94,7 @@ class Contents:
 def write_contents(folder: Path, contents: Contents) -> None:
     """Write an index; at every moment the folder holds the complete old or the complete new one.
 
-    The caller must have locked the folder (`locking.exclusive`).
+    The caller must have locked the folder (`reidreg.files.exclusive`).
 
     Raises:
         DataError: The folder cannot be written to, or the disk is full.

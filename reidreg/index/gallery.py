@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from reidreg.errors import DataError
+from reidreg.files import exclusive
 from reidreg.index.approximate import Candidates, Progress, Settings, build_candidates, choose_type
 from reidreg.index.embeddings import checked_features, items_of
 from reidreg.index.files import Contents, Items, read_contents, write_contents
 from reidreg.index.records import FeatureModel, Recall, Threshold, record_of
 from reidreg.index.search import IndexSearch, groups_by_camera
 from reidreg.index.tuning import check_recall, tune
-from reidreg.locking import exclusive
 from reidreg.logs.console import logger
 from reidreg.retrieval.index_search import Space, Vectors
 from reidreg.retrieval.options import check_at_least

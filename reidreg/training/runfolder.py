@@ -11,7 +11,7 @@ from pathlib import Path
 from reidreg.config.sections import Config
 from reidreg.config.yamlfile import dump_yaml
 from reidreg.errors import CheckpointError, ConfigError, DamagedError
-from reidreg.locking import exclusive
+from reidreg.files import exclusive
 from reidreg.logs.console import log_to_file, logger
 from reidreg.model.checkpoint import (
     Checkpoint,

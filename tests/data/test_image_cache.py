@@ -1,4 +1,4 @@
-"""Decoded images that are kept: in memory, on disk, or not; shared, renewed, and gone in time."""
+"""The cache of decoded training images: in memory, on disk or none; sharing, renewal, cleanup."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 import time
 from collections import namedtuple
@@ -20,7 +21,8 @@ from PIL import Image
 
 from reidreg.config.sections import CacheSetting
 from reidreg.data import image_cache as module
-from reidreg.data.image_cache import ImageCache, cache_folder, describe_images, open_image_cache
+from reidreg.data.cache_key import cache_folder, describe_images
+from reidreg.data.image_cache import ImageCache, open_image_cache
 from reidreg.data.images import load_images
 from reidreg.errors import ConfigError, DataError
 
@@ -37,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[str]:
-    """More images than a block has, each of its own size and content."""
+    """More images than a block has, each of another size and content."""
     rng = np.random.default_rng(0)
     (tmp_path / "train").mkdir()
     found = []
@@ -56,7 +58,9 @@ def opened(setting: CacheSetting, paths: list[str], size: tuple[int, int] = SIZE
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+    """All but the lock and the notice of who holds the images in memory."""
+    beside = (".lock", ".holder")
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(beside))
 
 
 # --------------------------------------------------------------------- what is in it
@@ -93,10 +97,14 @@ def test_a_bad_image_is_named_and_nothing_is_kept(
         open_image_cache(setting, paths, SIZE)
 
 
-def test_the_folder_is_where_the_environment_says(
+def test_the_folder_is_where_the_environment_says(folder: Path, tmp_path: Path) -> None:
+    assert folder == tmp_path / "cache" / "images"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other cache folders")
+def test_the_folder_is_in_the_users_cache_folder_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cache_folder() == tmp_path / "cache" / "images"
     monkeypatch.delenv("REIDREG_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "reidreg" / "images"
@@ -120,7 +128,7 @@ def test_a_file_is_used_again(
     assert np.array_equal(opened(setting, paths).images, first.images)
 
 
-def test_changed_images_are_decoded_anew_and_the_old_file_goes(
+def test_changed_images_are_decoded_again_and_the_old_file_is_deleted(
     paths: list[str], folder: Path
 ) -> None:
     opened("disk", paths)
@@ -149,7 +157,7 @@ def test_other_sizes_and_other_folders_have_their_own_files(
 
 
 @pytest.mark.parametrize("keep", [0, 50, 1000])
-def test_a_damaged_file_is_made_again(keep: int, paths: list[str], folder: Path) -> None:
+def test_a_damaged_file_is_rebuilt(keep: int, paths: list[str], folder: Path) -> None:
     expected = opened("disk", paths).images.copy()
     (name,) = files(folder)
     with open(folder / name, "r+b") as file:
@@ -157,7 +165,7 @@ def test_a_damaged_file_is_made_again(keep: int, paths: list[str], folder: Path)
     assert np.array_equal(opened("disk", paths).images, expected)
 
 
-def test_what_a_killed_build_left_is_cleared_away(paths: list[str], folder: Path) -> None:
+def test_what_a_killed_build_left_is_deleted(paths: list[str], folder: Path) -> None:
     wanted = describe_images(paths, SIZE)
     folder.mkdir(parents=True)
     (folder / f".{wanted.file.name}.12345.partial").write_bytes(bytes(100))
@@ -165,8 +173,11 @@ def test_what_a_killed_build_left_is_cleared_away(paths: list[str], folder: Path
     assert files(folder) == [wanted.file.name]
 
 
-def test_files_are_for_their_owner_alone(paths: list[str], folder: Path) -> None:
-    opened("disk", paths)
+@pytest.mark.parametrize("setting", ["disk", "memory"])
+def test_files_are_for_their_owner_alone(
+    setting: CacheSetting, paths: list[str], folder: Path
+) -> None:
+    opened(setting, paths)
     assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir())
 
 
@@ -190,7 +201,7 @@ def room(monkeypatch: pytest.MonkeyPatch, memory: int | None, disk: int) -> None
         (0, 0, "not cached"),
     ],
 )
-def test_auto_goes_by_the_room_that_there_is(
+def test_auto_depends_on_the_available_memory_and_disk(
     memory: float | None,
     disk: int,
     expected: str,
@@ -207,7 +218,7 @@ def test_auto_goes_by_the_room_that_there_is(
 
 
 @pytest.mark.parametrize("setting", ["memory", "disk"])
-def test_too_little_room_is_one_line_where_it_was_asked_for(
+def test_too_little_room_is_an_error_of_one_line(
     setting: CacheSetting, paths: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room(monkeypatch, 1000, 1000)
@@ -218,7 +229,7 @@ def test_too_little_room_is_one_line_where_it_was_asked_for(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_disk_that_fills_up_is_one_line_and_auto_does_without(
+def test_a_full_disk_is_an_error_of_one_line_and_auto_caches_nothing(
     paths: list[str],
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -241,7 +252,7 @@ def test_a_disk_that_fills_up_is_one_line_and_auto_does_without(
 
 
 @pytest.mark.parametrize("missing", ["memfd", "folder"])
-def test_without_shared_memory_or_a_folder_there_is_memory_of_ones_own(
+def test_without_shared_memory_or_a_folder_each_process_has_its_own_copy(
     missing: str, paths: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if missing == "memfd":
@@ -257,11 +268,11 @@ def test_without_shared_memory_or_a_folder_there_is_memory_of_ones_own(
 
 
 class Holder:
-    """A process that opens a cache in memory, and holds it until it is killed.
+    """A process that opens a cache in memory and holds it until it is killed.
 
     Args:
         paths: The images.
-        delay: Seconds that building takes longer.
+        delay: Seconds by which to delay building.
     """
 
     def __init__(self, paths: list[str], delay: float = 0) -> None:
@@ -271,7 +282,7 @@ class Holder:
         self.process.start()
         theirs.close()
 
-    def hear(self) -> object:
+    def message(self) -> object:
         assert self.said.poll(60)
         return self.said.recv()
 
@@ -302,9 +313,9 @@ def total(images: Any) -> int:
 def test_two_processes_share_what_one_of_them_builds(paths: list[str]) -> None:
     first, second = Holder(paths, 0.3), Holder(paths, 0.3)
     try:
-        said = [[first.hear()], [second.hear()]]
+        said = [[first.message()], [second.message()]]
         builder = said.index(["building"])
-        said[builder].append((first, second)[builder].hear())
+        said[builder].append((first, second)[builder].message())
         expected = total(load_images(paths, SIZE))
         assert sorted(said, key=len) == [[expected], ["building", expected]]
         found = {file.stat().st_ino for one in (first, second) for file in memory_files(one)}
@@ -315,7 +326,7 @@ def test_two_processes_share_what_one_of_them_builds(paths: list[str]) -> None:
 
 
 def memory_files(holder: Holder | None = None) -> list[Path]:
-    """The anonymous files of ours that a process, or this one, has open."""
+    """Our anonymous files that a process, or this one, has open."""
     number = holder.process.pid if holder else os.getpid()
     return [
         link for link in Path(f"/proc/{number}/fd").iterdir() if "memfd:reidreg" in target(link)
@@ -330,13 +341,13 @@ def target(link: Path) -> str:
 
 
 @linux
-def test_sigkill_leaves_nothing_and_others_go_on(
+def test_sigkill_of_the_builder_leaves_no_files_and_others_go_on(
     paths: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     holder = Holder(paths)
     try:
-        assert holder.hear() == "building"
-        expected = holder.hear()
+        assert holder.message() == "building"
+        expected = holder.message()
         with monkeypatch.context() as patch:
             no_building(patch)
             shared = opened("auto", paths)
@@ -347,18 +358,18 @@ def test_sigkill_leaves_nothing_and_others_go_on(
     assert files(folder) == []
     assert not list(Path("/dev/shm").glob("*reidreg*"))
     del shared
-    # Nobody holds the images any more, and the notice is of a process that is gone.
+    # No process holds the images any more, and the notice names one that has ended.
     assert memory_files() == []
     assert total(opened("memory", paths).images) == expected
 
 
 @linux
-def test_a_builder_that_is_killed_makes_way_for_the_next(
+def test_after_a_builder_is_killed_the_next_process_builds(
     paths: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     holder = Holder(paths, delay=600)
     try:
-        assert holder.hear() == "building"
+        assert holder.message() == "building"
         killer = threading.Timer(0.5, holder.process.kill)
         killer.start()
         with caplog.at_level(logging.INFO, "reidreg"):
@@ -374,10 +385,10 @@ def test_a_builder_that_is_killed_makes_way_for_the_next(
 @pytest.mark.parametrize(
     "notice", ["", "nonsense", "1 2 3", "-1 0", "999999999 3", "OURS 0", "9" * 5000]
 )
-def test_a_notice_of_anything_else_is_not_believed(notice: str, paths: list[str]) -> None:
+def test_a_notice_that_names_anything_else_is_ignored(notice: str, paths: list[str]) -> None:
     opened("memory", paths)
-    (lock,) = cache_folder().glob(".*.lock")
-    lock.write_text(notice.replace("OURS", str(os.getpid())))
+    (holder,) = cache_folder().glob(".*.holder")
+    holder.write_text(notice.replace("OURS", str(os.getpid())))
     cache = opened("memory", paths)
     assert np.array_equal(cache.images, load_images(paths, SIZE).numpy())
 

@@ -28,13 +28,13 @@ from reidreg import (
 )
 from reidreg.cli.main import main
 from reidreg.errors import ConfigError, DataError
+from reidreg.files import exclusive
 from reidreg.index import tuning
 from reidreg.index.approximate import MIN_ITEMS, choose_type
 from reidreg.index.files import MANIFEST, manifest_digest
 from reidreg.index.gallery import add_to_index
 from reidreg.index.records import FeatureModel, Threshold
 from reidreg.index.source import Source
-from reidreg.locking import exclusive
 from reidreg.model.checkpoint import save_checkpoint
 from reidreg.model.feature_files import save_features
 from reidreg.retrieval.index_search import Vectors
