@@ -22,7 +22,7 @@ from reidreg.errors import (
     ReidregError,
     did_you_mean,
 )
-from reidreg.machine.interrupting import interrupt_outside_locks
+from reidreg.machine.interrupting import own_process
 from reidreg.machine.malloc import keep_freed_memory
 from reidreg.machine.world import World, world_from_env
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"reidreg {_version()}" if name == "--version" else _usage())
         return 0 if arguments else 2
     try:
-        return _run(name, arguments[1:], own_process=argv is None)
+        return _run(name, arguments[1:], as_process=argv is None)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except (ReidregError, DivergedError, InterruptedRun) as error:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(name, error, 1)
 
 
-def _run(name: str, arguments: list[str], own_process: bool) -> int:
+def _run(name: str, arguments: list[str], as_process: bool) -> int:
     world = world_from_env()
     if name not in COMMANDS:
         raise ConfigError(f"no such command: {name}{did_you_mean(name, COMMANDS)}")
@@ -82,8 +82,8 @@ def _run(name: str, arguments: list[str], own_process: bool) -> int:
         if name not in _DISTRIBUTED:
             return 0
         warnings.simplefilter("ignore")
-    if own_process:  # signal handlers and malloc's settings hold for the whole process
-        interrupt_outside_locks()
+    if as_process:  # signal handlers and malloc's settings hold for the whole process
+        own_process(name)
         if name in _DISTRIBUTED:
             keep_freed_memory()
     command, _ = COMMANDS[name]

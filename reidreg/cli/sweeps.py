@@ -18,6 +18,7 @@ from pathlib import Path
 
 from reidreg.config.sections import Config
 from reidreg.errors import InterruptedRun
+from reidreg.machine.interrupting import end_by_signal
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def exit_by_signal() -> Iterator[None]:
     trials all fail. A stopped trial is not a failure, and early termination stops many. The code
     of a process that a signal has ended is below 0. A shell sees 128 plus the signal either way.
     """
+    end_by_signal()
     received: list[int] = []
     # What is registered first is called last; torch and wandb are not imported yet.
     atexit.register(_end_by, received)

@@ -39,6 +39,7 @@ from reidreg.files import PRIVATE, replacing
 from reidreg.logs.console import logger
 from reidreg.logs.progress import ProgressBar
 from reidreg.machine.cores import count_cores
+from reidreg.machine.interrupting import check_stop
 from reidreg.machine.memory import GIB, available_memory, size_in_text
 
 Pixels = NDArray[np.uint8]
@@ -284,11 +285,15 @@ def _one_builder(wanted: Wanted) -> Iterator[Path | None]:
 
 
 def _wait_for(lock: FileLock) -> None:
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        logger.info("training images: another process is building the cache; waiting for it")
-        lock.acquire()
+    seconds = 0.0
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=seconds)
+        except Timeout:
+            if not seconds:
+                logger.info("training images: another process is building the cache; waiting")
+            check_stop()
+            seconds = 0.5
 
 
 # --------------------------------------------------------------------- building

@@ -16,11 +16,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from reidreg.machine.interrupting import check_stop
 from reidreg.machine.world import world_from_env
 
 
 class ProgressBar:
     """A progress bar on stderr, shown only on a terminal and only by rank 0.
+
+    Each move is also a place where Ctrl-C may stop the work (`check_stop`).
 
     Args:
         description: What is being done.
@@ -54,7 +57,9 @@ class ProgressBar:
         """Advance by some steps, and show figures beside the bar if any are given."""
         fields: dict[str, Any] = {} if figures is None else {"figures": figures}
         self._progress.update(self._task, advance=steps, **fields)
+        check_stop()
 
     def report(self, done: int, total: int) -> None:
         """Set the number of steps done, and the total."""
         self._progress.update(self._task, completed=done, total=total)
+        check_stop()

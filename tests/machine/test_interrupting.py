@@ -1,241 +1,230 @@
-"""Signals that stop what the main thread does: other threads never wait for a lock it left held."""
+"""Signals set a flag; work stops where it looks at it, or its process is ended in time."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import queue
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from types import FrameType
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import numpy as np
 import pytest
-import torch
 
-from reidreg.data import image_cache
-from reidreg.data.image_cache import Wanted
-from reidreg.errors import InterruptedRun
+from reidreg.logs.console import ProgressBar
 from reidreg.machine import interrupting
-from reidreg.machine.interrupting import OutsideLocks, interrupt_outside_locks
-from reidreg.training.signals import StopSignals
-from worlds import FORKING
+from reidreg.machine.interrupting import SignalFlag, check_stop
 
-Work = Callable[[], object]
-
-needs_timers = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
-class _Nowhere:
-    def write(self, content: memoryview) -> int:
-        return len(content)
-
-
-def decode_in_a_pool() -> None:
-    """What makes an image cache, with images that take no time."""
-    image_cache._BLOCK = 1
-    image_cache.load_images = lambda block, size: torch.zeros(1, *size, 3, dtype=torch.uint8)
-    image_cache._build(Wanted(("image",) * 6, (2, 2), "group", "fingerprint"), _Nowhere())
-
-
-def map_in_a_pool() -> None:
-    """What multiplies tiles in threads."""
-    with ThreadPoolExecutor(2) as pool:
-        assert sum(pool.map(np.sum, [np.ones(2)] * 6)) == 12
-
-
-def put_in_a_queue() -> None:
-    """What hands a loader's batches to its thread for pinned memory."""
-    batches: queue.Queue[int | None] = queue.Queue(2)
-    taker = threading.Thread(target=lambda: [*iter(batches.get, None)], daemon=True)
-    try:
-        taker.start()
-        for batch in range(6):
-            batches.put(batch)
-    finally:
-        if taker.ident is not None:
-            batches.put(None)
-            taker.join()
-
-
-def stopped_at(place: int, work: Work) -> bool:
-    """Do work, with a signal before one of the main thread's instructions, as if it came there.
-
-    Returns:
-        Whether there were so many instructions.
-    """
-    count = 0
-
-    def look(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal count
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            count += 1
-        if count == place:
-            sys.settrace(None)  # what looks again is to find the work, and not this
-            handler = signal.getsignal(signal.SIGTERM)
-            assert callable(handler)
-            handler(signal.SIGTERM, frame)
-        return look
-
-    sys.settrace(look)
-    try:
-        work()
-    finally:
-        sys.settrace(None)
-    return count == place
-
-
-def stop_everywhere(work: Work, step: int) -> None:
-    """Do work again and again, and stop it a little later each time, until it comes to its end."""
-    work()  # imports what it needs
-    for place in range(1, 10**6, step):
-        with StopSignals() as signals, contextlib.suppress(InterruptedRun):
-            with signals.immediate(None):
-                if not stopped_at(place, work):
-                    return
-        assert signals.received == signal.SIGTERM
-
-
-@pytest.mark.parametrize(
-    ("work", "step"),
-    [
-        (decode_in_a_pool, 11),
-        (map_in_a_pool, 3),
-        (put_in_a_queue, 1),
-    ],
-)
-def test_wherever_a_signal_comes_the_other_threads_end(work: Work, step: int) -> None:
-    process = FORKING.Process(target=stop_everywhere, args=(work, step))
-    process.start()
-    process.join(60)
-    ended = process.exitcode
-    process.kill()
-    assert ended == 0
-
-
-class _Stop(Exception):
+class Stop(BaseException):
     pass
 
 
-def _raise(number: int, frame: FrameType | None) -> None:
-    raise _Stop(number)
+@contextmanager
+def stoppable() -> Iterator[SignalFlag]:
+    with SignalFlag(*NUMBERS) as flag:
+        flag.error = Stop
+        yield flag
 
 
-def test_a_signal_outside_locks_is_handled_at_once() -> None:
-    with pytest.raises(_Stop, match="15"):
-        OutsideLocks(_raise)(signal.SIGTERM, sys._getframe())
+# --------------------------------------------------------------------- the flag
 
 
-@needs_timers
-def test_a_thread_that_waits_for_another_is_woken() -> None:
-    before = signal.signal(signal.SIGTERM, OutsideLocks(_raise))
-    main = threading.main_thread().ident
-    assert main is not None
-    sender = threading.Timer(0.1, functools.partial(signal.pthread_kill, main, signal.SIGTERM))
-    sender.start()
-    start = time.perf_counter()
-    try:
-        with pytest.raises(_Stop):
-            threading.Event().wait(30)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert time.perf_counter() - start < 5
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_signal_stops_work_at_its_next_look_and_not_before(number: signal.Signals) -> None:
+    check_stop()
+    with stoppable() as flag:
+        check_stop()
+        signal.raise_signal(number)
+        assert flag.received == number
+        with pytest.raises(Stop, match=str(int(number))):
+            check_stop()
+    check_stop()
 
 
-@needs_timers
-def test_what_may_have_a_lock_already_is_not_taken_for_waiting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(interrupting, "_SOON", 60)  # no look but ours
-    handler = OutsideLocks(_raise)
-    entering, waiting = (
-        _frame_of(getattr(threading.Condition, name)) for name in ("__enter__", "wait")
-    )
-    try:
-        handler(signal.SIGTERM, entering)
-        handler._look(entering)
-        handler._look(waiting)
-        with pytest.raises(_Stop):
-            handler._look(waiting)
-    finally:
-        handler.cancel()
+def test_a_progress_bar_looks_at_each_move() -> None:
+    with stoppable(), ProgressBar("images", 2) as bar:
+        bar.advance()
+        bar.report(1, 2)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stop):
+            bar.advance()
+        with pytest.raises(Stop):
+            bar.report(1, 2)
 
 
-@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
-def test_ctrl_c_is_put_off_where_it_raises_and_stays_ignored_where_it_is(before: Any) -> None:
+def test_work_that_may_not_stop_in_between_goes_on() -> None:
+    with SignalFlag(*NUMBERS) as flag:
+        signal.raise_signal(signal.SIGTERM)
+        check_stop()
+        assert flag.received == signal.SIGTERM
+
+
+def test_the_innermost_flag_counts_and_takes_over_a_signal_that_came_before() -> None:
+    with stoppable() as outer:
+        with SignalFlag(*NUMBERS) as inner:
+            signal.raise_signal(signal.SIGINT)
+            check_stop()
+        assert (outer.received, inner.received) == (None, signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        with SignalFlag(*NUMBERS) as later, SignalFlag(signal.SIGINT) as other:
+            assert (later.received, other.received) == (signal.SIGTERM, None)
+
+
+def test_other_threads_are_not_stopped_and_set_no_handlers() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[object] = []
+
+    def work() -> None:
+        check_stop()
+        with stoppable():
+            seen.append(signal.getsignal(signal.SIGTERM))
+            check_stop()
+
+    with stoppable():
+        signal.raise_signal(signal.SIGTERM)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert seen and seen != [before]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler])
+def test_the_handlers_from_before_are_put_back(before: signal.Handlers) -> None:
     own = signal.signal(signal.SIGINT, before)
     try:
-        interrupt_outside_locks()
-        if before is signal.SIG_IGN:
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-            return
-        assert isinstance(signal.getsignal(signal.SIGINT), OutsideLocks)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        with SignalFlag(*NUMBERS):
+            assert signal.getsignal(signal.SIGINT) is not before
+        assert signal.getsignal(signal.SIGINT) is before
     finally:
         signal.signal(signal.SIGINT, own)
 
 
-@needs_timers
-def test_the_users_own_alarm_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interrupting, "_SOON", 60)
-
-    def own(number: int, frame: FrameType | None) -> None:
-        raise AssertionError
-
-    before = signal.signal(signal.SIGALRM, own)
-    try:
-        handler = OutsideLocks(_raise)
-        inside = _frame_of(threading.Condition.__enter__)
-        handler(signal.SIGTERM, inside)
-        assert signal.getsignal(signal.SIGALRM) is not own
-        handler.cancel()
-        assert signal.getsignal(signal.SIGALRM) is own
-        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-
-@needs_timers
-def test_an_alarm_that_goes_off_as_it_is_cancelled_does_nothing(
+def test_in_a_users_program_a_second_signal_does_what_it_does_without_us(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(interrupting, "_SOON", 60)
-    handler = OutsideLocks(_raise)
-    handler(signal.SIGTERM, _frame_of(threading.Condition.__enter__))
-    late = signal.getsignal(signal.SIGALRM)
-    assert callable(late)
-    set_timer = signal.setitimer
-
-    def go_off(which: int, seconds: float) -> None:
-        set_timer(which, seconds)
-        late(signal.SIGALRM, sys._getframe())
-
-    monkeypatch.setattr(signal, "setitimer", go_off)
-    handler.cancel()
-    assert signal.getsignal(signal.SIGALRM) is not late
-
-
-def _frame_of(function: Callable[..., Any]) -> FrameType:
-    """A frame of a function of a condition, as it is found when a signal comes."""
-    found: list[FrameType] = []
-
-    def look(frame: FrameType, event: str, argument: Any) -> None:
-        if frame.f_code is function.__code__:
-            found.append(frame)
-
-    sys.settrace(look)
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        condition = threading.Condition()
-        with condition:
-            condition.wait(0.001)
+        with SignalFlag(*NUMBERS) as flag:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # at the same time: one that came twice
+            monkeypatch.setattr(interrupting, "SAME", 0.0)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            assert flag.received == signal.SIGINT
     finally:
-        sys.settrace(None)
-    return found[0]
+        signal.signal(signal.SIGINT, own)
+
+
+# --------------------------------------------------------------------- a process of our own
+
+# A call that is one piece and lets other threads run, like those of torch, numpy and faiss.
+ONE_CALL = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+HELD_LOCK = "lock = threading.Lock(); lock.acquire(); lock.acquire()"
+LOOKING = "[(time.sleep(0.05), check_stop()) for _ in range(200)]"
+PASSING_OVER = """
+while True:
+    try: check_stop(); time.sleep(60)
+    except BaseException: pass"""
+AT_ONCE = 2.0  # seconds
+
+
+class Script:
+    """A process of our own that does some work, and tells when it begins."""
+
+    def __init__(self, work: str, *before: str) -> None:
+        imports = "import hashlib, os, signal, sys, threading, time\n"
+        imports += "from reidreg.machine.interrupting import *\n"
+        code = [imports, *before, "own_process('evaluate')", "print('begun', flush=True)", work]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "\n".join(code)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "begun\n"
+        time.sleep(0.1)
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> tuple[int, str, float]:
+        """Its exit code, its stderr, and how many seconds it took to end."""
+        start = time.monotonic()
+        try:
+            _, errors = self.process.communicate(timeout=30)
+        finally:
+            self.process.kill()
+        return self.process.returncode, errors, time.monotonic() - start
+
+
+@pytest.mark.parametrize("work", [ONE_CALL, HELD_LOCK, "time.sleep(60)"])
+def test_work_that_does_not_look_is_ended_in_time(work: str) -> None:
+    script = Script(work)
+    script.send(signal.SIGINT)
+    code, errors, seconds = script.end()
+    assert (code, errors) == (130, "reidreg evaluate: stopped\n")
+    assert interrupting.GRACE / 2 < seconds < AT_ONCE
+
+
+def test_work_that_looks_is_unwound() -> None:
+    script = Script(f"try: {LOOKING}\nexcept KeyboardInterrupt: sys.exit('unwound')")
+    script.send(signal.SIGINT)
+    assert script.end()[:2] == (1, "unwound\n")
+
+
+def test_what_stops_by_itself_may_take_its_time() -> None:
+    script = Script(f"try: {LOOKING}\nexcept KeyboardInterrupt: time.sleep(2); sys.exit('unwound')")
+    script.send(signal.SIGINT)
+    assert script.end()[:2] == (1, "unwound\n")
+
+
+def test_work_that_has_something_to_save_is_not_ended_by_one_signal() -> None:
+    script = Script("with SignalFlag(15) as flag: time.sleep(2.5); sys.exit(flag.received)")
+    script.send(signal.SIGTERM)
+    time.sleep(interrupting.SAME / 5)
+    script.send(signal.SIGTERM)  # the same one, as `timeout` sends it
+    assert script.end()[:2] == (15, "")
+
+
+@pytest.mark.parametrize("work", [ONE_CALL, HELD_LOCK])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_second_signal_ends_any_work_at_once(work: str, number: signal.Signals) -> None:
+    script = Script(f"with SignalFlag(2, 15): {work}")
+    script.send(number)
+    time.sleep(interrupting.SAME + 0.2)
+    script.send(number)
+    code, errors, seconds = script.end()
+    assert code == 128 + number and seconds < interrupting.GRACE
+    assert errors == "reidreg evaluate: stopped at once by a second signal\n"
+
+
+def test_a_second_signal_ends_what_passes_over_the_first() -> None:
+    script = Script(PASSING_OVER)
+    script.send(signal.SIGINT)
+    time.sleep(interrupting.SAME + 0.2)
+    script.send(signal.SIGINT)
+    assert script.end()[0] == 130
+
+
+def test_a_process_can_end_by_the_signal_itself() -> None:
+    script = Script("end_by_signal()\ntime.sleep(60)")
+    script.send(signal.SIGINT)
+    assert script.end()[:2] == (-signal.SIGINT, "reidreg evaluate: stopped\n")
+
+
+def test_where_ctrl_c_is_ignored_it_stays_so() -> None:
+    script = Script("time.sleep(2)", "signal.signal(2, signal.SIG_IGN)")
+    script.send(signal.SIGINT)
+    assert script.end()[:2] == (0, "")
+
+
+def test_signals_of_a_forked_child_do_not_reach_its_parent() -> None:
+    child = "for _ in range(3): os.kill(os.getpid(), 2)"
+    script = Script(f"if not os.fork():\n    {child}\n    os._exit(0)\nos.wait(); time.sleep(2)")
+    assert script.end()[:2] == (0, "")
