@@ -79,7 +79,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gather", action="store_true", help="losses see the global batch")
-    parser.add_argument("--sync_batchnorm", action="store_true")
     return parser.parse_args()
 
 
@@ -87,7 +86,6 @@ def make_ready(options: argparse.Namespace, folder: Path) -> Run:
     """A run that is about to train."""
     keys: dict[str, Any] = {
         "train.gather": options.gather,
-        "train.sync_batchnorm": options.sync_batchnorm,
     }
     if options.model:
         keys |= {"backbone.model": options.model, "backbone.pretrained": "none"}

@@ -216,7 +216,7 @@ def stages(paths: list[str], size: tuple[int, int], repeats: int) -> None:
 
 
 def copies(images: list) -> list:
-    """Tensors anew, since erasing works in place; images as they are."""
+    """Copies of tensors, since erasing works in place; images as they are."""
     return [image.clone() if isinstance(image, Tensor) else image for image in images]
 
 

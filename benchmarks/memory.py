@@ -1,4 +1,4 @@
-"""What memory a training step takes, reckoned from the sizes of its tensors: no GPU is needed.
+"""The memory of a training step, estimated from the sizes of its tensors: no GPU is needed.
 
     python benchmarks/memory.py                          # the guide's: batches of 64 and 256, fp16
     python benchmarks/memory.py --check --batch 16 --size 128 64 --precision bf16
@@ -8,7 +8,7 @@ from when it is made until nothing refers to it any more. Not in the figure, sin
 it: the driver's context, the workspaces of convolutions, and what the allocator cannot use.
 
 With --check a step is made in earnest, on the CPU, and the peak of the process stands beside the
-reckoned one; that has workspaces of its own.
+estimated one; that has its own workspaces.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def main() -> None:
     for size in options.batch:
         run = make_run(options)
         weights = sum(part.nbytes for part in run.parts)
-        step = reckon(run, size, options)
-        batches = reckon_batches(run, size)
+        step = estimate(run, size, options)
+        batches = estimate_batches(run, size)
         figures = (weights, weights + step, batches, weights + step + batches)
         print(f"{size:>12}" + "".join(f"{figure / MIB:>12.0f}" for figure in figures))
         if options.check:
@@ -131,7 +131,7 @@ def make_batch(size: int, options: argparse.Namespace) -> Batch:
     return Batch(images, torch.arange(size) // 4, torch.zeros(size, dtype=torch.int64))
 
 
-def reckon(run: Any, size: int, options: argparse.Namespace) -> int:
+def estimate(run: Any, size: int, options: argparse.Namespace) -> int:
     """The peak of two steps in bytes, without weights; the second one has Adam's moments.
 
     The run is of no use for anything else after that.
@@ -143,7 +143,7 @@ def reckon(run: Any, size: int, options: argparse.Namespace) -> int:
     return blocks.peak
 
 
-def reckon_batches(run: Any, size: int) -> int:
+def estimate_batches(run: Any, size: int) -> int:
     """What the batches take that are made beside a step: one that waits, and one under way."""
     augmentation = Augmentation(run.embedder.input, run.embedder.normalisation)
     images = torch.zeros(size, *run.embedder.input.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -153,7 +153,7 @@ def reckon_batches(run: Any, size: int) -> int:
     return batch.nbytes + images.nbytes + blocks.peak
 
 
-def check(run: Any, size: int, options: argparse.Namespace, reckoned: int) -> None:
+def check(run: Any, size: int, options: argparse.Namespace, estimated: int) -> None:
     """Make two steps in earnest, and say by how much the process grew."""
     gc.collect()
     before = memory_of_process("VmRSS") - sum(part.nbytes for part in run.parts)
@@ -162,7 +162,7 @@ def check(run: Any, size: int, options: argparse.Namespace, reckoned: int) -> No
     grown = memory_of_process("VmHWM") - before
     print(
         f"{size:>12} in earnest: the process grew by {grown / MIB:.0f} MiB, "
-        f"{grown / reckoned:.2f} of what is reckoned"
+        f"{grown / estimated:.2f} of the estimate"
     )
 
 

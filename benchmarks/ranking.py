@@ -145,7 +145,7 @@ def sorting(query: Embeddings, gallery: Embeddings) -> dict[str, Any]:
 
 
 def high_water(reset: bool = False) -> float:
-    """The most memory that was resident, in MiB; `reset` lets it begin anew with what is now."""
+    """The most memory that was resident, in MiB; `reset` starts again from the current size."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())

@@ -1,3 +1,3 @@
-"""The version of reidreg, below every module that reports it; equal to that of pyproject.toml."""
+"""The version of reidreg: the build reads it here, and so does every module that reports it."""
 
 __version__ = "0.1.0"

@@ -23,6 +23,19 @@ from reidreg.logs.console import logger
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
+# The rooms of `reidreg` by level: each imports from its own level or below.
+LEVELS = {
+    **dict.fromkeys(["errors", "values"], 1),
+    **dict.fromkeys(["files", "machine", "parts"], 2),
+    **dict.fromkeys(["config", "distributed", "retrieval", "synthesis"], 3),
+    "logs": 4,
+    "data": 5,
+    **dict.fromkeys(["model", "tools"], 6),
+    "evaluation": 7,
+    **dict.fromkeys(["index", "report", "training"], 8),
+    "cli": 9,
+}
+
 # Half a million parameters; a ResNet-18 has eleven million, and a test would wait for its files.
 SMALL_BACKBONE = {
     "backbone.name": "timm",

@@ -38,7 +38,7 @@ class Recipe:
     bias_weight_decay: float = 5e-4
     center_weight: float = 5e-4
     center_lr: float = 0.5
-    milestones: tuple[int, ...] = (3, 4)
+    milestones: tuple[int, ...] = (2, 3)
     warmup_epochs: int = 2
     warmup_factor: float = 0.01
 

@@ -14,7 +14,7 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from reidreg.errors import DataError
-from reidreg.machine.sizes import size_in_text
+from reidreg.machine.memory import size_in_text
 
 
 @dataclass(frozen=True)

@@ -20,22 +20,24 @@ from typing import Any
 import pytest
 
 import reidreg
-from conftest import SMALL_BACKBONE, as_flags, run_here
-from reidreg import fit, load_config
+from conftest import LEVELS, SMALL_BACKBONE, as_flags, run_here
+from reidreg import LOSSES, fit, load_config
 from reidreg.cli.main import COMMANDS
 from reidreg.config.sections import ORDER
 from reidreg.config.yamlfile import parse_yaml
 from reidreg.evaluation.extract import extract
 from reidreg.model.feature_files import save_features
+from reidreg.parts.schema import options_of
 from reidreg_plugins.datasets.aihub_kaist import OFFICIAL
 
 ROOT = Path(__file__).parents[2]
 GUIDE, PLUGINS = ROOT / "docs/aihub_kaist.ko.md", ROOT / "docs/plugins.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONTRIBUTING, ARCHITECTURE = ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md"
+PAGES = [ROOT / "README.md", CONTRIBUTING, ARCHITECTURE, *sorted((ROOT / "docs").glob("*.md"))]
 
 # Lines of other programs: what they may look like.
 FOREIGN = {
-    "pip": r"pip install (--editable \.(\[\w+\])?|reidreg(\[\w+\])?)",
+    "pip": r"pip install (--editable )?\.(\[\w+\])?",  # there is no release yet
     "wandb": r"wandb (login( --relogin)?|sync [\w./-]+/offline-run-\*|"
     r"sweep configs/sweeps/\w+\.yaml|"
     r"agent( --count \d+| --max-consecutive-failed-runs \d+)* [\w-]+/[\w-]+/SWEEP_ID)",
@@ -413,6 +415,29 @@ def test_a_python_block_imports_public_names(block: Block) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "reidreg":
             assert node.module == "reidreg"
             assert {alias.name for alias in node.names} <= {*reidreg.__all__}
+
+
+def test_the_loss_of_the_contributors_guide_does_what_its_test_says() -> None:
+    loss, test = blocks("python", CONTRIBUTING)
+    names: dict[str, Any] = {"__name__": "contributing"}
+    with LOSSES.temporary():
+        for block in (loss, test):
+            # Classes and functions of the page alone are kept; nothing is registered after it.
+            exec(compile(block.text, str(block), "exec", dont_inherit=True), names)
+        (name,) = re.findall(r"^def (test_\w+)", test.text, re.MULTILINE)
+        names[name]()
+        assert "eps" in options_of(LOSSES["unit_norm"])
+    assert "unit_norm" not in LOSSES
+
+
+def test_the_architecture_gives_every_room_its_level() -> None:
+    rows = re.findall(r"^\| (\d) \| (.+?) \|", ARCHITECTURE.read_text(), re.MULTILINE)
+    shown = {
+        name.rstrip("/"): int(level)
+        for level, rooms in rows
+        for name in re.findall(r"`(\w+/?)`", rooms)
+    }
+    assert shown == LEVELS
 
 
 # --------------------------------------------------------------------- the plugin of plugins.md

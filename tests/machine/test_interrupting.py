@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from reidreg.logs.console import ProgressBar
+from reidreg.logs.progress import ProgressBar
 from reidreg.machine import interrupting
 from reidreg.machine.interrupting import SignalFlag, check_stop
 

@@ -19,7 +19,7 @@ from reidreg.model.model import Model
 from reidreg.training.initial_weights import start_weights
 from reidreg.training.run import Run, build_run
 
-EPOCHS = 5
+EPOCHS = 4
 CENTER = {"losses.center": {"name": "center", "weight": 5e-4}}
 SHUFFLED = {"sampler": {"name": "random", "batch_size": 8}}
 
@@ -62,7 +62,7 @@ def configure(aihub_root: Path, output: Path, changes: dict[str, Any]) -> Config
         "input": {"size": [32, 16], "padding": 2},
         "sampler": {"batch_size": 8, "instances": 4},
         "backbone": {"name": "resnet18", "pretrained": "none"},
-        "schedule": {"milestones": [3, 4], "warmup_epochs": 2},
+        "schedule": {"milestones": [2, 3], "warmup_epochs": 2},
         "train": {"epochs": EPOCHS, "workers": 0, "precision": "fp32", "preflight": False},
         "wandb.mode": "disabled",
         "output_dir": str(output),

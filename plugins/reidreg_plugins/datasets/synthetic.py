@@ -21,8 +21,8 @@ class Synthetic(Dataset):
 
     Args:
         root: The folder in which the images are kept.
-        identities: Identities, training and test together.
-        cameras: Cameras.
+        identities: How many identities there are, training and test together.
+        cameras: How many cameras there are.
         images_per_camera: Images of an identity by each camera that sees it.
         data_seed: The seed of the images; another one gives other people and cameras.
     """
