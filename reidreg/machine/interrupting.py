@@ -15,8 +15,10 @@ delay it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -183,6 +185,8 @@ def own_process(command: str) -> None:
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_leave_to_parent)
     threading.Thread(target=_process.watch, name="signals", daemon=True).start()
+    # At its end Python collects garbage among all objects, which takes seconds with torch loaded.
+    atexit.register(gc.freeze)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         flag = SignalFlag(signal.SIGINT)
         flag.error = lambda number: KeyboardInterrupt()
