@@ -82,7 +82,7 @@ class SignalFlag:
         if self.received is None:
             self.received, self._time = number, now
         elif now - self._time > SAME and _process is None:
-            # In a program of the user's a second signal does what it does without us.
+            # In a user's own program a second signal does what it would do without us.
             self._restore()
             signal.raise_signal(number)
 
@@ -111,9 +111,9 @@ class _Process:
 
     Args:
         command: Its name, for messages.
-        signals: Where the numbers of signals arrive.
-        writer: Where the system's handler writes them; kept so that it stays open.
-        by_signal: End by the signal itself instead of exit code 128 more.
+        signals: The socket from which the numbers of signals are read.
+        writer: The socket to which the system's handler writes them; kept here to stay open.
+        by_signal: End by the signal itself instead of with an exit code of 128 more.
     """
 
     command: str
@@ -129,7 +129,7 @@ class _Process:
         second = self._next(GRACE - SAME)
         if second is None:
             if flag is not None and flag in _open[-1:] and flag.error and not flag.raised:
-                self.end(number, str(flag.error(number)) or "stopped")
+                self.end(number, str(flag.error(number)) or "stopped")  # as the CLI words it
             second = self._next(None)
         self.end(second, "stopped at once by a second signal")
 
@@ -154,7 +154,7 @@ class _Process:
     def end(self, number: int, text: str) -> NoReturn:
         """End without unwinding; child processes end with this one (`distributed.lifeline`)."""
         with contextlib.suppress(OSError):
-            if world_from_env().is_main:
+            if world_from_env().is_main:  # the signal stops the other ranks too
                 if os.isatty(2):
                     os.write(2, b"\r\x1b[K\x1b[?25h")  # a progress bar hides the cursor
                 os.write(2, f"reidreg {self.command}: {text}\n".encode())

@@ -32,7 +32,7 @@ linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory is sh
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder for each test."""
+    """A separate cache folder for each test."""
     monkeypatch.setenv("REIDREG_CACHE", str(tmp_path / "cache"))
     return cache_folder()
 

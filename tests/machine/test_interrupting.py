@@ -104,7 +104,7 @@ def test_the_handlers_from_before_are_put_back(before: signal.Handlers) -> None:
         signal.signal(signal.SIGINT, own)
 
 
-def test_in_a_users_program_a_second_signal_does_what_it_does_without_us(
+def test_in_a_users_program_a_second_signal_goes_to_the_handler_from_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -126,7 +126,7 @@ def test_in_a_users_program_a_second_signal_does_what_it_does_without_us(
 ONE_CALL = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 HELD_LOCK = "lock = threading.Lock(); lock.acquire(); lock.acquire()"
 LOOKING = "[(time.sleep(0.05), check_stop()) for _ in range(200)]"
-PASSING_OVER = """
+SWALLOWING = """
 while True:
     try: check_stop(); time.sleep(60)
     except BaseException: pass"""
@@ -134,7 +134,7 @@ AT_ONCE = 2.0  # seconds
 
 
 class Script:
-    """A process of our own that does some work, and tells when it begins."""
+    """A process of our own that does some work and prints when it begins."""
 
     def __init__(self, work: str, *before: str) -> None:
         imports = "import hashlib, os, signal, sys, threading, time\n"
@@ -178,7 +178,7 @@ def test_work_that_looks_is_unwound() -> None:
     assert script.end()[:2] == (1, "unwound\n")
 
 
-def test_what_stops_by_itself_may_take_its_time() -> None:
+def test_work_that_has_looked_may_take_longer_to_unwind() -> None:
     script = Script(f"try: {LOOKING}\nexcept KeyboardInterrupt: time.sleep(2); sys.exit('unwound')")
     script.send(signal.SIGINT)
     assert script.end()[:2] == (1, "unwound\n")
@@ -204,8 +204,8 @@ def test_a_second_signal_ends_any_work_at_once(work: str, number: signal.Signals
     assert errors == "reidreg evaluate: stopped at once by a second signal\n"
 
 
-def test_a_second_signal_ends_what_passes_over_the_first() -> None:
-    script = Script(PASSING_OVER)
+def test_a_second_signal_ends_work_that_swallows_the_first() -> None:
+    script = Script(SWALLOWING)
     script.send(signal.SIGINT)
     time.sleep(interrupting.SAME + 0.2)
     script.send(signal.SIGINT)

@@ -1,6 +1,6 @@
 """Runs that are stopped at random moments and resumed: none hangs, and all end with the same bits.
 
-REIDREG_STOPS sets how many stops there are, REIDREG_STOPS_SEED which ones.
+REIDREG_STOPS is the number of stops and REIDREG_STOPS_SEED the seed of their moments.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Leg:
         try:
             (os.killpg if group else os.kill)(self.process.pid, number)
         except ProcessLookupError:
-            pass  # it is done
+            pass  # it has ended
 
     def end(self) -> tuple[int, str]:
         """The exit code and stderr, once it has ended."""
@@ -165,7 +165,7 @@ def last_line(folder: Path) -> str:
 
 
 def expected_end(code: int, errors: str, number: signal.Signals) -> bool:
-    """Whether a leg that was stopped ends as it should."""
+    """Whether a leg that got a signal ended as it should."""
     if code == 0:
         return errors == ""  # it was done, or about to be
     if code == -signal.SIGTERM and number == signal.SIGTERM:

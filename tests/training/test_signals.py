@@ -95,7 +95,7 @@ def fit_command(values: Values, *arguments: str) -> list[str]:
         ("cache", "disk", signal.SIGTERM, 143),
     ],
 )
-def test_a_signal_before_the_first_step_stops_at_once_and_leaves_nothing_half_made(
+def test_a_signal_before_the_first_step_stops_at_once_and_leaves_no_partial_files(
     tiny: Values,
     tmp_path: Path,
     phase: str,
@@ -174,7 +174,7 @@ def test_between_two_steps_a_signal_is_only_noted() -> None:
 
 
 @pytest.mark.parametrize("blocks", [1, 20])
-def test_the_cache_builder_looks_after_each_block_and_ends_its_threads(
+def test_a_signal_stops_the_cache_builder_after_a_block_and_ends_its_threads(
     blocks: int, aihub_root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("REIDREG_CACHE", str(tmp_path))
@@ -195,7 +195,7 @@ def test_the_cache_builder_looks_after_each_block_and_ends_its_threads(
     assert not list((tmp_path / "images").glob("*.npy"))
 
 
-def test_who_waits_for_another_builder_looks_meanwhile(
+def test_a_signal_stops_a_process_that_waits_for_another_builder(
     aihub_root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("REIDREG_CACHE", str(tmp_path))
