@@ -87,7 +87,7 @@ def load_batches(loader: DataLoader[Any]) -> Iterator[Tensor]:
         DataError: An image cannot be read, or a loading process is gone.
     """
     try:
-        for images in loader:
+        for images in _started(loader):
             if isinstance(images, _Failure):
                 # A new error: the old one would be held by its traceback, and with it the
                 # loader, whose processes would outlive the failure.
@@ -97,6 +97,18 @@ def load_batches(loader: DataLoader[Any]) -> Iterator[Tensor]:
         # torch reports a dead process by raising from a signal handler, which may run where
         # exceptions are swallowed, such as in a log handler; then the broken pipe is what is seen.
         raise _worker_lost(str(error)) from error
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """A loader's iterator, whose processes all live.
+
+    torch notices the death of a process once all have started. One that died before, such as by a
+    signal to the process group, would be waited for until the timeout.
+    """
+    batches = iter(loader)
+    if not all(process.is_alive() for process in getattr(batches, "_workers", ())):
+        raise _worker_lost("it ended as it started")
+    return batches
 
 
 @contextlib.contextmanager

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from PIL import Image
 
 from reidreg import SAMPLERS, DataError, Dataset, Sample, Sampler
 from reidreg.config.sections import CacheSetting, InputConfig
+from reidreg.data import workers as worker_processes
 from reidreg.data.labels import Labels, labels_of, training_samples
 from reidreg.data.loading import TrainLoader, eval_loader
 from reidreg.data.statistics import split_statistics
@@ -270,6 +274,24 @@ def test_no_loading_process_outlives_a_failure(
 
 def test_no_images_are_no_batches() -> None:
     assert list(eval_loader([], (32, 16), batch_size=4, workers=2, pin=False)) == []
+
+
+def test_a_worker_that_dies_before_torch_watches_it_is_noticed(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = "torch.utils.data._utils.signal_handling._set_SIGCHLD_handler"
+    monkeypatch.setattr(watch, lambda: time.sleep(1))
+    monkeypatch.setattr(worker_processes, "_TIMEOUT", 20)
+    die = lambda worker: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    monkeypatch.setattr(worker_processes, "_start_worker", die)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    start = time.monotonic()
+    try:
+        with pytest.raises(DataError, match="loading process is gone"):
+            list(loader_of(samples, workers=2).epoch(0))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert time.monotonic() - start < 10
 
 
 def test_workers_are_counted_and_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
